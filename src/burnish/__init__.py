@@ -1,0 +1,1 @@
+"""burnish fine-tunes open language models."""

@@ -1,0 +1,48 @@
+"""The settings of the built-in objectives.
+
+They stand here, not beside the losses, so that `burnish check` and the JSON schema know them without importing torch. The loss of
+`kind: foo` is in `objectives/foo.py`. An objective of your own (`kind: ./my_loss.py:MyLoss`) brings its own `Config`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator
+
+from burnish.config.base import Strict
+
+
+class SFT(Strict):
+    """Supervised fine-tuning: cross-entropy on the trained tokens, averaged over tokens."""
+
+    kind: Literal["sft"] = "sft"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target's probability spread evenly over the vocabulary."""
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of the squared log-sum-exp of the logits, which keeps them from drifting (PaLM used 1e-4)."""
+    neftune_alpha: float = Field(0.0, ge=0)
+    """Noise on the embeddings while training (NEFTune, 2310.05914); 5 to 15 in the paper, 0 is off."""
+
+
+class Plugin(Strict):
+    """An objective from a local file (`./my_loss.py:MyLoss`); further keys are given to its own Config."""
+
+    model_config = ConfigDict(extra="allow")
+    kind: str
+    """`./file.py:ClassName`, a file that you name on purpose."""
+
+    @field_validator("kind")
+    @classmethod
+    def _names_a_file(cls, kind: str) -> str:
+        if ".py:" not in kind:
+            raise ValueError(f"expected a built-in objective or './file.py:ClassName', found '{kind}'")
+        return kind
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys meant for the plug-in's own Config."""
+        return dict(self.model_extra or {})
+
+
+BUILT_IN: dict[str, type[Strict]] = {"sft": SFT}

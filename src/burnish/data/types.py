@@ -1,0 +1,159 @@
+"""The contracts of the data path: what a row means (Conversation, Text, Tokens) and what a model is given (Example, Batch).
+
+Data flows one way:
+
+    row -> format -> Conversation | Text | Tokens -> render -> Example -> loader -> Batch
+
+Shapes: T tokens of a batch, K predictions that are trained, N segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:  # formats and sources must stay importable without torch
+    import numpy as np
+    import torch
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call that the assistant makes. `arguments` is the decoded JSON object."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation.
+
+    `train` decides about this message alone: None leaves it to `data.train_on`, False masks it, True trains it, and a number trains it
+    with that weight (0 masks).
+    """
+
+    role: Role
+    content: str
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+    train: bool | float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in order, with the tools that the assistant may call (JSON schemas, as the row gave them)."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A prompt and its completion as plain strings: no template, the completion (and the end token) is trained."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text for continued pre-training: every token is trained."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A row that is tokenised already. `labels` is -100 where not trained (the field's convention), unshifted; None trains all."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...] | None = None
+
+
+Item = Conversation | Completion | Text | Tokens
+"""What a format makes of one row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenised example.
+
+    `weights[i]` is the training weight of token i as something to be *predicted* (from tokens 0..i-1): 0 is masked, 1 is trained.
+    `weights[0]` has no effect: nothing comes before the first token.
+    """
+
+    input_ids: np.ndarray  # int32 [L]
+    weights: np.ndarray  # float32 [L]
+
+
+@dataclass(slots=True)
+class Batch:
+    """A micro-batch: a flat, never padded forest of segments.
+
+    Segment i covers tokens `doc_ends[i-1]..doc_ends[i]` and attends causally to itself and fully to its parent's chain; `parents[i] == -1`
+    marks a root. Packing is a forest of roots; a preference pair is a prompt with two children.
+
+    Predictions stand apart from tokens: prediction k is made at token `rows[k]` and its truth is `targets[k]`. So the last token of
+    a shared prompt can predict the first token of each of its children, and nobody searches for trained positions on the device.
+
+    `weight` is what the loss of this micro-batch sums over (for SFT: the sum of `token_weights`); `step_weight` is the same over all
+    micro-batches of the optimiser step on all ranks, known to the loader in advance. The engine divides by it, nobody else does.
+    """
+
+    input_ids: torch.Tensor  # int64 [T]
+    positions: torch.Tensor  # int64 [T]
+    doc_ends: tuple[int, ...]  # N
+    parents: tuple[int, ...]  # N
+    rows: torch.Tensor  # int64 [K]
+    targets: torch.Tensor  # int64 [K]
+    token_weights: torch.Tensor  # float32 [K]
+    weight: float
+    step_weight: float
+    last: bool = True  # the last micro-batch of its optimiser step
+    examples: int = 0  # examples in this micro-batch, for the log
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device` (copies only where needed)."""
+        import dataclasses
+
+        moved: dict[str, Any] = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("input_ids", "positions", "rows", "targets", "token_weights")
+        }
+        moved["extras"] = {key: value.to(device, non_blocking=True) for key, value in self.extras.items()}
+        return dataclasses.replace(self, **moved)
+
+
+class Source(Protocol):
+    """Where the loop gets its micro-batches from: a file-backed loader, or a rollout."""
+
+    def next(self, policy: Any) -> list[Batch] | None:
+        """The micro-batches of the next optimiser step on this rank, or None at the end. A loader ignores `policy`."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """A JSON-able state that `restore` takes back exactly."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`: the next step is the one that would have come next."""
+        ...
+
+
+class Row(Protocol):
+    """One raw row with its place, as sources yield it."""
+
+    file: str
+    number: int  # from 1
+    fields: Mapping[str, Any]
+
+
+RowIterator = Iterator[Row]
