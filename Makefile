@@ -1,0 +1,53 @@
+# burnish: `make help` lists the targets.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+
+.PHONY: help install quickstart test check format bench peers parity clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## Make .venv with everything for users and developers
+
+# torch first and by itself: a looser requirement would pull gigabytes of CUDA libraries on a machine without a GPU.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "burnish needs Python 3.11 or newer: run 'make $(MAKECMDGOALS) PYTHON=python3.12'"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: install ## Fine-tune the embedded model on the embedded data and show what changed
+	@$(BIN)/burnish train recipes/quickstart.yaml
+	@$(BIN)/burnish chat runs/quickstart --compare \
+	  --prompt "Who are you?" --prompt "How do I reset my password?" --prompt "When is the service desk open?"
+
+test: install ## Run the tests
+	$(BIN)/python -m pytest
+
+check: install ## Lint, format, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: install ## Put the code into its form
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: install ## Measure speed on this machine
+	$(BIN)/python -m benchmarks.sft
+
+peers: ## Make .peers/ with the tools that burnish is compared with
+	bash benchmarks/peers.sh
+
+parity: install peers ## Compare the first 10 steps with TRL
+	$(BIN)/python -m benchmarks.parity.sft
+
+clean: ## Remove what the targets made (not the runs)
+	rm -rf $(VENV) .peers build dist src/*.egg-info
