@@ -32,7 +32,6 @@ class InOrder(SFTTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     torch.manual_seed(job["seed"])

@@ -17,9 +17,7 @@ import pytest
 
 from burnish.cli.main import main
 
-GOOD = [
-    {"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]} for i in range(8)
-]
+GOOD = [{"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]} for i in range(8)]
 
 
 def jsonl(rows: list[object]) -> bytes:
