@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import importlib.machinery
 import re
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from burnish.core.errors import DependencyError, ModelError
+from huggingface_hub import constants, try_to_load_from_cache
+from safetensors import SafetensorError
+
+from burnish.core.errors import BurnishError, DependencyError, ModelError
 
 Kind = Literal["folder", "gguf", "hub"]
 
@@ -50,6 +58,59 @@ def locate(path: str) -> Location:
     if path.endswith(".gguf") or path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
         raise ModelError(f"no model at '{path}': expected a folder, a .gguf file, a hub id like 'org/name', or 'package:NAME'")
     return Location("hub", path)
+
+
+def require_hub(name: str, revision: str | None) -> None:
+    """Fails at once where a hub model is neither cached nor reachable, instead of after a minute of retries.
+
+    Raises:
+        ModelError: when the hub's host name does not resolve, or the offline mode is on, and the model is not in the cache.
+    """
+    if try_to_load_from_cache(name, "config.json", revision=revision) or try_to_load_from_cache(name, "tokenizer.json", revision=revision):
+        return
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname or ""
+    if not constants.HF_HUB_OFFLINE and (urllib.request.getproxies() or _resolves(host)):
+        return
+    why = "the hub's offline mode is on" if constants.HF_HUB_OFFLINE else f"'{host}' cannot be reached"
+    raise ModelError(
+        f"no folder '{name}' here, no model '{name}' in the hub's cache, and {why}",
+        hint="Check the path, or download the model where there is a network.",
+    )
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turns what the libraries raise while they read a model into one sentence about `path`.
+
+    Raises:
+        ModelError: instead of their errors.
+        DependencyError: when the model needs a package that is not installed.
+    """
+    try:
+        yield
+    except BurnishError:
+        raise
+    except ImportError as error:
+        raise DependencyError(f"the model '{path}' needs a package that is not installed: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+        text = str(error)
+        hint = None
+        if "trust_remote_code" in text:
+            hint = "It brings Python code of its own. If you have read it and trust it, set model.trust_remote_code: true"
+        raise ModelError(f"cannot load the model '{path}': {_first_line(error)}", hint=hint) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip().rstrip(".")
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _file(file: Path) -> Location:

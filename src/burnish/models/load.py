@@ -1,0 +1,195 @@
+"""Loads a model's weights: hub id, folder, GGUF file or `package:NAME`; whole, or quantised under an adapter.
+
+Nothing is ever filled in silently: a weight that the checkpoint lacks, or has too many, is an error. Weights are read from safetensors (or
+GGUF) only, because the older pickle files can run code when they are read; and a model's own Python code runs only when asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from burnish.config.sections import Model
+from burnish.core.errors import ConfigError, DependencyError, ModelError
+from burnish.models.gguf import GGUFFile
+from burnish.models.gguf_weights import read_config, read_weights
+from burnish.models.locate import Location, locate, reading, require_hub
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LISTED = 5  # this many names of weights stand in a message
+
+
+def load_model(
+    model: Model,
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    trainable: bool = False,
+    attention: str = "sdpa",
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> PreTrainedModel:
+    """Loads a causal language model, in evaluation mode.
+
+    Args:
+        model: What to load.
+        compute_dtype: Type of the matrix products; what `model.dtype: auto` stores frozen weights in.
+        device: Where the weights go.
+        trainable: All weights are to be trained (no adapter), so they are kept in float32.
+        attention: Name in transformers' AttentionInterface. `model.attention` is the caller's to translate.
+        tokenizer: When given, the embeddings are grown to hold all its tokens if `model.new_tokens` asks for new ones, and it is an
+            error if the tokenizer has more tokens than the model otherwise.
+
+    Raises:
+        ModelError: when the model cannot be loaded, or its weights are not exactly those that its configuration asks for.
+        DependencyError: when a needed package is not installed.
+        ConfigError: when a quantised model is to be trained whole, or the quantisation is not available.
+    """
+    if trainable and model.quantize != "none":
+        raise ConfigError(f"model.quantize: {model.quantize} needs an adapter: quantised weights cannot be trained")
+    dtype = torch.float32 if trainable else _DTYPES.get(model.dtype, compute_dtype)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "device_map": {"": device},
+        "quantization_config": _quantization(model, compute_dtype),
+        "output_loading_info": True,
+    }
+    place = locate(model.path)
+    with reading(model.path), _quiet(place):
+        loaded, report = _from_gguf(place, options, dtype) if place.kind == "gguf" else _from_folder_or_hub(model, place, options)
+    _check_complete(model.path, report)
+    _train_padding(loaded)
+    if tokenizer is not None:
+        fit_vocabulary(loaded, tokenizer, model.new_tokens)
+    return loaded
+
+
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, new_tokens: Iterable[str] = ()) -> None:
+    """Gives every token of the tokenizer an embedding. The rows of `new_tokens` start as the mean of all old rows.
+
+    Rows are added where there are too few, and never taken away (many models have more rows than tokens). Tied embeddings stay tied.
+
+    Raises:
+        ModelError: when the tokenizer has more tokens than the model, and not because of `new_tokens`.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    fresh = sorted(set(tokenizer.convert_tokens_to_ids(list(new_tokens))))
+    needed = max(tokenizer.get_vocab().values()) + 1
+    unknown = [index for index in range(rows, needed) if index not in fresh]
+    if unknown:
+        raise ModelError(f"the tokenizer has {needed} tokens, the model has embeddings for {rows} only: they do not belong together")
+    if needed > rows:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+    old = min(rows, min(fresh, default=rows))
+    for table in _embedding_tables(model):
+        with torch.no_grad():
+            table[fresh] = table[:old].float().mean(dim=0).to(table.dtype)
+
+
+def _embedding_tables(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Input and output embeddings, once if they are tied."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return list({id(module.weight): module.weight for module in modules if module is not None}.values())
+
+
+def _from_gguf(place: Location, options: dict[str, Any], dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    file = GGUFFile(place.path)
+    config = read_config(file)
+    weights = read_weights(file, config, dtype)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=weights, **options)
+
+
+def _from_folder_or_hub(model: Model, place: Location, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    if place.kind == "hub":
+        require_hub(place.path, model.revision)
+    else:
+        _check_weight_files(Path(place.path))
+    return AutoModelForCausalLM.from_pretrained(
+        place.path, revision=model.revision, trust_remote_code=model.trust_remote_code, use_safetensors=True, **options
+    )
+
+
+def _check_weight_files(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"'{folder}' holds its weights as '{pickled[0]}', a pickle file that can run code when it is read; expected *.safetensors",
+            hint="Convert it on a machine that may run such a file, e.g. with save_pretrained of transformers.",
+        )
+    raise ModelError(f"'{folder}' holds no weights, expected *.safetensors")
+
+
+def _quantization(model: Model, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """QLoRA's choices (2305.14314): NF4 blocks, the block scales quantised once more, products in the compute type."""
+    if model.quantize == "none":
+        return None
+    if model.quantize == "fp8":
+        raise ConfigError("model.quantize: fp8 is not available in this version", hint="Use nf4 or int8.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise DependencyError(f"model.quantize: {model.quantize} needs the package 'bitsandbytes'", hint="pip install 'burnish[quant]'")
+    if model.quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype
+    )
+
+
+def _check_complete(path: str, report: dict[str, Any]) -> None:
+    """No weight may be made up, left over, or of another shape."""
+    mismatched = [name for name, *_ in report["mismatched_keys"]]
+    faults = [
+        _listing("lacks", report["missing_keys"]),
+        _listing("has no place for", report["unexpected_keys"]),
+        _listing("has other shapes for", mismatched),
+        "; ".join(report["error_msgs"]),
+    ]
+    found = "; ".join(fault for fault in faults if fault)
+    if found:
+        raise ModelError(f"the weights of '{path}' do not fit its configuration: it {found}")
+
+
+def _listing(verb: str, names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
+    return f"{verb} {', '.join(ordered[:_LISTED])}{more}" if ordered else ""
+
+
+def _train_padding(model: PreTrainedModel) -> None:
+    """Lets the padding token's embedding be trained.
+
+    Batches here are never padded, and in many models the padding token is the end token, whose gradient `padding_idx` would zero.
+    """
+    embeddings = model.get_input_embeddings()
+    if isinstance(embeddings, nn.Embedding):
+        embeddings.padding_idx = None
+
+
+@contextmanager
+def _quiet(place: Location) -> Iterator[None]:
+    """No progress bar for files that are here already, and no table of key mismatches: those are errors of ours."""
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if place.kind != "hub":
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
