@@ -1,0 +1,145 @@
+"""Forest attention: every path against a dense softmax written out token by token, with gradients, trees, windows and grouped heads."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from burnish.kernels.attention import Forest, causal_mask, eager_attention, forest_attention
+
+ROOTS = Forest((4, 5, 12), (-1, -1, -1))
+TREE = Forest((4, 7, 9, 12), (-1, 0, 0, 2))  # a prompt, two children, and a grandchild of the second
+
+
+def qkv(total=12, heads=4, kv_heads=2, size=8, dtype=torch.float64, grad=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((1, heads, total, size), (1, kv_heads, total, size), (1, kv_heads, total, size))
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad) for s in shapes]
+
+
+def ancestors(forest, segment):
+    return [] if segment < 0 else [*ancestors(forest, forest.parents[segment]), segment]
+
+
+def naive(q, k, v, forest, window=None, softcap=None, sinks=None, scaling=None):
+    """One query token at a time, from the definition."""
+    starts = (0, *forest.doc_ends)
+    out = torch.zeros(q.shape[1], q.shape[2], v.shape[3], dtype=q.dtype)
+    groups = q.shape[1] // k.shape[1]
+    rows = []
+    for segment in range(len(forest.parents)):
+        chain = [t for s in ancestors(forest, segment) for t in range(starts[s], starts[s + 1])]
+        for token in range(starts[segment], starts[segment + 1]):
+            seen = chain[: chain.index(token) + 1][-(window or len(chain)) :]
+            for h in range(q.shape[1]):
+                scores = (k[0, h // groups, seen] @ q[0, h, token]) * (scaling or 1 / math.sqrt(q.shape[3]))
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
+                if sinks is not None:
+                    p = torch.softmax(torch.cat([scores, sinks[h : h + 1]]), 0)[:-1]
+                else:
+                    p = torch.softmax(scores, 0)
+                rows.append((h, token, p @ v[0, h // groups, seen]))
+    index = {(h, t): row for h, t, row in rows}
+    out = torch.stack([torch.stack([index[h, t] for t in range(q.shape[2])]) for h in range(q.shape[1])])
+    return out[None]
+
+
+def compare(forest, kinds=("eager", "sdpa"), **options):
+    q, k, v = qkv(forest.doc_ends[-1])
+    expected = naive(q, k, v, forest, **options)
+    weight = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(9))
+    truth = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    for kind in kinds:
+        found = forest_attention(q, k, v, forest, kind=kind, **options)
+        torch.testing.assert_close(found, expected)
+        for mine, theirs in zip(torch.autograd.grad((found * weight).sum(), (q, k, v)), truth, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("forest", [ROOTS, TREE], ids=["roots", "tree"])
+def test_every_path_equals_the_definition(forest, window):
+    compare(forest, window=window)
+
+
+@pytest.mark.parametrize("forest", [ROOTS, TREE], ids=["roots", "tree"])
+def test_soft_cap_scaling_and_sinks(forest):
+    compare(forest, kinds=("eager", "auto"), softcap=2.0, scaling=0.3, window=3)
+    compare(forest, kinds=("eager", "auto"), sinks=torch.tensor([0.0, 1.0, -2.0, 3.0], dtype=torch.float64))
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_forest(data):
+    lengths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    parents = tuple(data.draw(st.integers(-1, i - 1)) for i in range(len(lengths)))
+    ends = tuple(sum(lengths[: i + 1]) for i in range(len(lengths)))
+    compare(Forest(ends, parents), window=data.draw(st.none() | st.integers(1, 6)))
+
+
+def test_long_window_in_blocks():
+    # Longer than one block of queries, so the band is cut in pieces.
+    forest = Forest((300, 700), (-1, 0))
+    q, k, v = qkv(700, heads=2, kv_heads=1, size=4)
+    for window in (7, 150, 299):
+        eager = forest_attention(q, k, v, forest, kind="eager", window=window)
+        torch.testing.assert_close(forest_attention(q, k, v, forest, kind="sdpa", window=window), eager)
+
+
+def test_segments_do_not_see_each_other():
+    q, k, v = qkv(dtype=torch.float32, grad=False)
+    before = forest_attention(q, k, v, ROOTS)
+    k[:, :, :4] += 1
+    v[:, :, :4] -= 1
+    after = forest_attention(q, k, v, ROOTS)
+    assert torch.equal(before[:, :, 4:], after[:, :, 4:])
+    assert not torch.equal(before[:, :, :4], after[:, :, :4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_error_is_not_far_above_the_plain_one(dtype):
+    truth = forest_attention(*qkv(700, grad=False), Forest((300, 700), (-1, -1)), kind="eager")
+    inputs = qkv(700, dtype=dtype, grad=False)
+    errors = {
+        kind: (forest_attention(*inputs, Forest((300, 700), (-1, -1)), kind=kind).double() - truth).abs().max()
+        for kind in ("eager", "sdpa")
+    }
+    assert errors["sdpa"] < 2 * errors["eager"] + 1e-6
+
+
+def test_mask_without_forest_is_aligned_at_the_last_key():
+    q, k, v = qkv(6, grad=False)
+    whole = eager_attention(q, k, v, None)
+    torch.testing.assert_close(eager_attention(q[:, :, 4:], k, v, None), whole[:, :, 4:])
+    assert causal_mask(2, 4, 2, torch.device("cpu")).tolist() == [[False, True, True, False], [False, False, True, True]]
+
+
+def test_dropout_keeps_the_mean():
+    torch.manual_seed(0)
+    q, k, v = qkv(grad=False)
+    v = torch.ones_like(v)
+    mean = torch.stack([forest_attention(q, k, v, ROOTS, kind="sdpa", dropout=0.5) for _ in range(300)]).mean()
+    assert mean.item() == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("ends", "parents", "message"),
+    [((3,), (), "1 segments but 0 parents"), ((3, 5), (-1, 1), "stand before"), ((3, 3), (-1, -1), "empty")],
+)
+def test_impossible_forests_are_refused(ends, parents, message):
+    with pytest.raises(ValueError, match=message):
+        Forest(ends, parents)
+
+
+def test_forest_knows_its_shape():
+    assert TREE.lengths == (4, 3, 2, 3)
+    assert TREE.chain(3) == [0, 2, 3]
+    assert TREE.is_tree
+    assert not ROOTS.is_tree
+    assert ROOTS.cumulative(torch.device("cpu")).tolist() == [0, 4, 5, 12]
+    assert ROOTS.cumulative(torch.device("cpu")) is ROOTS.cumulative(torch.device("cpu"))
