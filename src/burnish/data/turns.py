@@ -1,0 +1,314 @@
+"""Which characters of a rendered conversation are a message's own, and so may be trained.
+
+What the model has to write in a conversation is everything between the generation prompt and the end of its turn: its reasoning, its
+words, its tool calls with all that the template puts around them, and the token that ends the turn. The generation prompt itself
+(`<|im_start|>assistant\\n`) is written by whoever asks, and the newline after the end token by nobody.
+
+    <|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\nHi.<|im_end|>\\n
+    └───────── segment of message 0 ──┘└──── segment of message 1 ──────────┘
+                                       └──── header ──────────┘└─ trained ─┘
+
+`chat_template.py` gives the segments and the places of each message's own text (anchors). The header and the end token are learned from
+the template itself, once, by rendering a probe conversation with and without a generation prompt. Header and end token are then looked
+for only in the text that the template wrote, never in what a user wrote: content that looks like the template's own text cannot move a
+boundary. All of it is linear in the conversation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os.path import commonprefix
+
+from burnish.core.errors import RowError, TemplateError
+from burnish.data.chat_template import OUTSIDE, TURN, ChatTemplate
+from burnish.data.traced import Traced, spans_of
+from burnish.data.types import Message, ToolCall
+
+OWN_FIELDS = frozenset({"content", "reasoning_content", "tool_calls"})
+"""What a message says, as against `role`, `name` and `tool_call_id`, which only label it."""
+
+_TALK = (Message("user", "Hello."), Message("assistant", "Good day."), Message("user", "Thanks."), Message("assistant", "Goodbye."))
+_CALL = ToolCall("look_up", {"word": "day"}, id="call00001")
+_TOOL_TALK = (
+    Message("user", "Hello."),
+    Message("assistant", "", tool_calls=(_CALL,)),
+    Message("tool", "a word", tool_call_id=_CALL.id, name=_CALL.name),
+    Message("assistant", "Goodbye."),
+)
+_TOOLS = (
+    {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "description": "Looks up a word.",
+            "parameters": {"type": "object", "properties": {"word": {"type": "string", "description": "A word."}}, "required": ["word"]},
+        },
+    },
+)
+
+
+@dataclass(slots=True)
+class Turn:
+    """A message's place in the rendered text, in characters.
+
+    `start..end` is its segment; `first..last` spans its own text inside (None where it has none); `reach` is how far an end token may be
+    looked for: to the next message.
+    """
+
+    start: int
+    end: int
+    reach: int
+    first: int | None = None
+    last: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A rendered conversation and the turns in it, by message number. A message that left no trace is not there."""
+
+    text: str
+    turns: dict[int, Turn]
+
+
+def lay_out(rendered: Traced) -> Layout:
+    """Finds the turn of every message.
+
+    Raises:
+        TemplateError: The text of two messages is interleaved, so that their turns cannot be told apart.
+    """
+    segments = _segments(rendered)
+    by_message: defaultdict[int, list[tuple[int, Turn]]] = defaultdict(list)
+    for index, (message, segment) in enumerate(segments):
+        by_message[message].append((index, segment))
+    turns = {message: _hull(message, found, segments) for message, found in by_message.items() if message != OUTSIDE}
+    for message, stray in _strays(rendered, segments).items():
+        if message not in turns or turns[message].first is None:
+            turns[message] = stray
+    return Layout(str.__str__(rendered), turns)
+
+
+def _segments(rendered: Traced) -> list[tuple[int, Turn]]:
+    """The output cut at its marks, empty pieces left out, with each piece's own anchors."""
+    segments: list[tuple[int, Turn]] = []
+    current, turn = OUTSIDE, Turn(0, 0, 0)
+
+    def close(at: int) -> None:
+        turn.end = turn.reach = at
+        if turn.start == turn.end and turn.first is None:
+            return
+        if segments and segments[-1][0] == current:  # nothing came between: the same segment goes on
+            before = segments[-1][1]
+            before.end = before.reach = at
+            before.first = turn.first if before.first is None else before.first
+            before.last = turn.last if turn.last is not None else before.last
+        else:
+            segments.append((current, turn))
+
+    for start, end, origin in rendered._spans:  # pyright: ignore[reportPrivateUsage]
+        if origin.field == TURN:
+            close(start)
+            current, turn = origin.message, Turn(start, start, start)
+        elif origin.field in OWN_FIELDS and origin.message == current:
+            turn.first = start if turn.first is None else turn.first
+            turn.last = end
+    close(len(rendered))
+    for (message, segment), (following, after) in zip(segments, [*segments[1:], (OUTSIDE, None)], strict=False):
+        if message != OUTSIDE and following == OUTSIDE and after is not None:
+            segment.reach = after.end  # text after the loop, where some templates put the last end token
+    return segments
+
+
+def _hull(message: int, found: list[tuple[int, Turn]], segments: list[tuple[int, Turn]]) -> Turn:
+    """One turn out of a message's segments: those that hold its own text, else the last one."""
+    speaking = [(index, turn) for index, turn in found if turn.first is not None]
+    if len(speaking) <= 1:
+        return (speaking or found)[-1][1]
+    (low, first), (high, last) = speaking[0], speaking[-1]
+    if any(turn.first is not None for other, turn in segments[low:high] if other != message):
+        raise TemplateError(
+            f"the chat template interleaves message {message + 1} with others, so its tokens cannot be told from theirs"
+        )
+    return Turn(first.start, last.end, last.reach, first.first, last.last)
+
+
+def _strays(rendered: Traced, segments: list[tuple[int, Turn]]) -> dict[int, Turn]:
+    """Turns of messages whose text comes out where no mark announced it: from the text before to the text after."""
+    own = [span for span in spans_of(rendered) if span.origin.field in OWN_FIELDS]
+    announced = {message for message, turn in segments if turn.first is not None}
+    strays: dict[int, Turn] = {}
+    previous_end, previous = 0, None
+    for start, end, origin in own:
+        if previous is not None and previous != origin.message and previous in strays:
+            strays[previous].end = strays[previous].reach = start
+        if origin.message not in announced and origin.message != OUTSIDE:
+            begin = strays[origin.message].start if origin.message in strays else previous_end
+            first = strays[origin.message].first if origin.message in strays else start
+            strays[origin.message] = Turn(begin, len(rendered), len(rendered), first, end)
+        previous_end, previous = end, origin.message
+    return strays
+
+
+@dataclass
+class TurnShape:
+    """What a template writes around an assistant's turn, learned from the template.
+
+    Args:
+        template: The chat template.
+        special: Texts of the tokenizer's special tokens; an end token is one of them.
+        added: Texts of all its added tokens, for tokenizers that do not call their end token special.
+
+    Raises:
+        TemplateError: The template ends the assistant's turn with no token, or refuses a plain conversation.
+    """
+
+    template: ChatTemplate
+    special: Sequence[str]
+    added: Sequence[str]
+    ends: tuple[str, ...] = ()
+    _headers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._special_token = _any_of(self.special)
+        try:
+            talk, length = lay_out(self.template.render(_TALK)), 4
+        except RowError:
+            talk, length = lay_out(self.template.render(_TALK[:2])), 2
+        self._headers["user"] = self._learn_headers(talk, range(1, length, 2), _TALK[:1])
+        self.ends = self._learn_ends(talk, range(1, length, 2))
+
+    def region(self, layout: Layout, messages: Sequence[Message], number: int) -> tuple[int, int] | None:
+        """The characters of message `number` that are trained if it is; None where the template left the message out.
+
+        For the assistant: all it has to write, end token included. For others: what they say, and the end token if they have the same one.
+
+        Raises:
+            TemplateError: No end token follows an assistant's message.
+        """
+        turn = layout.turns.get(number)
+        if turn is None or (turn.first is None and turn.start == turn.end):
+            return None
+        if messages[number].role != "assistant":
+            return self._other_region(layout.text, turn)
+        start = self._skip_header(layout.text, turn, messages[number - 1].role if number else "user")
+        end = self._find_end(layout.text, turn)
+        if end is None:
+            follower = messages[number + 1].role if number + 1 < len(messages) else None
+            if follower != "assistant":  # a template may join what the assistant says twice in a row
+                raise TemplateError(
+                    f"the chat template puts no end-of-turn token after message {number + 1}, so a model could not learn to stop there",
+                    hint="Choose another template with model.chat_template.",
+                )
+            end = turn.last if turn.last is not None else turn.end
+        return start, end
+
+    def _other_region(self, text: str, turn: Turn) -> tuple[int, int] | None:
+        if turn.first is None or turn.last is None:
+            return None
+        ends = [at + len(end) for end in self.ends if (at := text.find(end, turn.last, turn.reach)) >= 0]
+        return turn.first, min(ends, default=turn.last)
+
+    def _skip_header(self, text: str, turn: Turn, before: str) -> int:
+        limit = turn.end if turn.first is None else turn.first
+        for header in self._headers_after(before):
+            at = text.find(header, turn.start, limit)
+            if at >= 0:
+                return at + len(header)
+        return turn.start
+
+    def _find_end(self, text: str, turn: Turn) -> int | None:
+        """The end of the end token after a turn's own text. Without own text the last one in the segment is it."""
+        if turn.last is None:
+            found = [at + len(end) for end in self.ends if (at := text.rfind(end, turn.start, turn.reach)) >= 0]
+            return max(found, default=None)
+        for end in self.ends:
+            at = text.find(end, turn.last, turn.reach)
+            if at >= 0:
+                return at + len(end)
+        return _last_match(self._special_token, text, turn.last, turn.end)
+
+    def _headers_after(self, role: str) -> tuple[str, ...]:
+        """The texts that may open the assistant's turn after a message of this role, longest first."""
+        if role != "tool":
+            return self._headers["user"]
+        if role not in self._headers:
+            self._headers[role] = self._headers["user"]
+            try:
+                talk = lay_out(self.template.render(_TOOL_TALK, _TOOLS))
+                self._headers[role] += self._learn_headers(talk, (3,), _TOOL_TALK[:3])
+            except (RowError, TemplateError):
+                pass  # no tools in this template: a row that has some will say so
+        return self._headers[role]
+
+    def _learn_headers(self, talk: Layout, answers: Sequence[int], question: Sequence[Message]) -> tuple[str, ...]:
+        """Compares what leads up to an answer with what the template writes to ask for one."""
+        asked = lay_out(self.template.render(question, _TOOLS if len(question) > 1 else (), add_generation_prompt=True))
+        asker = asked.turns.get(len(question) - 1)
+        prompt = asked.text[asker.last :] if asker and asker.last is not None else ""
+        headers: set[str] = set()
+        for answer in answers:
+            before, turn = talk.turns.get(answer - 1), talk.turns.get(answer)
+            if turn is None or turn.first is None:
+                continue
+            closing = talk.text[before.last : turn.start] if before and before.last is not None else ""
+            headers |= _headers_in(talk.text[turn.start : turn.first], prompt, closing)
+        return tuple(sorted(headers, key=len, reverse=True))
+
+    def _learn_ends(self, talk: Layout, answers: Sequence[int]) -> tuple[str, ...]:
+        for tokens in (self.special, self.added):
+            pattern = _any_of(tokens)
+            ends: list[str] = []
+            for answer in answers:
+                turn = talk.turns.get(answer)
+                if turn is None or turn.last is None:
+                    continue
+                if any(talk.text.find(end, turn.last, turn.reach) >= 0 for end in ends):
+                    continue
+                for limit in (turn.end, turn.reach):
+                    found = [match.group() for match in pattern.finditer(talk.text, turn.last, limit)]
+                    if found:
+                        ends.append(found[-1] if limit == turn.end else found[0])
+                        break
+            if ends:
+                return tuple(ends)
+        tail = talk.text[turn.last : turn.reach] if (turn := talk.turns.get(1)) and turn.last is not None else ""
+        raise TemplateError(
+            f"the chat template ends the assistant's turn with {tail!r}, which is no token of this tokenizer, so a model could not learn to stop",
+            hint="Add the template's tokens with model.new_tokens, or choose a template that ends turns with the eos token.",
+        )
+
+
+def _headers_in(lead: str, prompt: str, closing: str) -> set[str]:
+    """The headers that the assistant's turn may begin with.
+
+    Args:
+        lead: What the assistant's segment holds before its own text: `<|im_start|>assistant\n<think>\n\n</think>\n\n`.
+        prompt: What stands after the last message where an answer is asked for: `<|im_end|>\n<|im_start|>assistant\n`.
+        closing: What the message before has after its own text: `<|im_end|>\n`.
+    """
+    generation = prompt.removeprefix(closing)
+    if generation and generation in lead:
+        return {generation}
+    common = commonprefix([lead, generation])
+    if common:  # R1 asks with `<｜Assistant｜><think>\n` and keeps past turns as `<｜Assistant｜>`
+        return {common, generation}
+    if not prompt.startswith(closing):  # the message before ends differently where it is the last one
+        for length in range(min(len(prompt), len(lead)), 0, -1):
+            if prompt.endswith(lead[:length]):
+                return {lead[:length]}
+    # No generation prompt. White space is then the model's to write (`[/INST] answer`); anything else opens the turn.
+    return {lead} if lead.strip() else set()
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    longest_first = sorted((text for text in texts if text.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _last_match(pattern: re.Pattern[str], text: str, start: int, end: int) -> int | None:
+    last = None
+    for match in pattern.finditer(text, start, end):
+        last = match.end()
+    return last
