@@ -1,0 +1,308 @@
+"""Low-rank adapters: the only door to PEFT.
+
+    attach     a fresh adapter on a model, or the one that `adapter.path` names
+    save       a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`) that plain PEFT loads to the same logits
+    load       a PEFT folder onto a model
+    merge      the model with the adapter's update added to its weights
+    disabled   a context in which the model answers as its base
+
+Adapter weights are float32, whatever the base is stored in: updates of one learning rate vanish in bfloat16.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from burnish.config.sections import Adapter
+from burnish.core.errors import AdapterError, Where
+from burnish.models.locate import reading
+from burnish.models.targets import Targets, find_targets, find_whole_modules
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_NAME = "default"
+_INITS: dict[str, bool | str] = {"default": True}
+_MOVES_BASE = ("pissa", "olora")  # these start from a part of the base weight, and take that part out of it
+_QUANTIZED = (torch.uint8, torch.int8)
+
+
+def attach(model: PreTrainedModel, adapter: Adapter, *, new_token_ids: Sequence[int] = (), revision: str | None = None) -> PeftModel:
+    """Puts a trainable adapter on `model` (in place) and freezes the rest.
+
+    Args:
+        model: The base model. Its `name_or_path` is written into the adapter as where the base is.
+        adapter: What kind of adapter, and where it goes.
+        new_token_ids: Tokens whose embeddings (and output rows) are trained too.
+        revision: The base's revision on the hub, for the record.
+
+    Raises:
+        AdapterError: when the adapter does not fit the model.
+    """
+    if adapter.path is not None:
+        return load(model, adapter.path, trainable=True)
+    targets = find_targets(model, adapter.targets)
+    _check(model, adapter, targets)
+    whole = find_whole_modules(model, adapter.save_modules)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=_number(adapter.alpha),
+        lora_dropout=adapter.dropout,
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
+        fan_in_fan_out=targets.transposed,
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
+        init_lora_weights=_INITS.get(adapter.init, adapter.init),
+        modules_to_save=whole or None,
+        trainable_token_indices=_token_rows(model, new_token_ids) or None,
+        ensure_weight_tying=bool(_tied(model) and (whole or new_token_ids)),
+    )
+    return _wrap(model, config, revision=revision)
+
+
+def load(model: PreTrainedModel, path: str | Path, *, trainable: bool = False) -> PeftModel:
+    """Puts the adapter of a PEFT folder (or hub id) on `model` (in place).
+
+    Raises:
+        AdapterError: when there is none, when it is not LoRA, when its weights are a pickle file, or when it does not fit the model.
+    """
+    folder = find_adapter(str(path))
+    config = read_config(folder)
+    config.inference_mode = not trainable
+    with _fitting(folder):
+        state = load_file(folder / WEIGHTS_FILE)
+    wrapped = _wrap(model, config)
+    with _fitting(folder):
+        result = set_peft_model_state_dict(wrapped, state)
+    missing = [name for name in result.missing_keys if f".{_NAME}" in name and ("lora_" in name or "modules_to_save" in name)]
+    if missing or result.unexpected_keys:
+        names = ", ".join(sorted([*missing, *result.unexpected_keys])[:5])
+        raise AdapterError(f"the adapter's weights do not fit the model: {names}", where=Where(file=str(folder)))
+    return wrapped
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """Writes the adapter into `folder` as plain PEFT reads it.
+
+    PiSSA and OLoRA adapters are written as ordinary LoRA of twice the rank, the trained part minus the part they began with, so that they
+    belong to the untouched base model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.copy(model.peft_config[_NAME])
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if _moved_layers(model):
+        state, config = _without_start(model, state, config)
+    config.inference_mode = True
+    save_file(
+        {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}, folder / WEIGHTS_FILE, metadata={"format": "pt"}
+    )
+    config.save_pretrained(str(folder))
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """The model with the adapter's update added to its weights (in place), an ordinary model again.
+
+    Raises:
+        AdapterError: when the base is quantised (merging would round the update away), or the adapter holds values that are not finite.
+    """
+    if any(parameter.dtype in _QUANTIZED for parameter in model.parameters()):
+        raise AdapterError("an adapter cannot be merged into quantised weights", hint="Load the base model without model.quantize first.")
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise AdapterError(f"the adapter cannot be merged: {error}") from error
+    merged.requires_grad_(True)
+    return merged
+
+
+@contextmanager
+def disabled(model: PeftModel) -> Generator[None]:
+    """Inside, the model computes exactly what its base model computes."""
+    moved = _moved_layers(model)
+    if not moved:
+        with model.disable_adapter():
+            yield
+        return
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.enable_adapters(False)
+                stack.callback(module.enable_adapters, True)
+        for layer in moved:
+            stack.enter_context(_at_start(layer))
+        yield
+
+
+def output_weight(model: nn.Module) -> torch.Tensor:
+    """The output head's weight [V, H] as training uses it: with a module saved whole, or with the rows of new tokens put in place."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    head: Any = inner.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    if not isinstance(head, AuxiliaryTrainingWrapper):
+        return head.weight
+    if head.disable_adapters:
+        return head.original_module.weight
+    adapter: Any = getattr(head, "token_adapter", None)
+    return adapter.get_merged_weights(adapter.active_adapters) if adapter is not None else head.weight
+
+
+def find_adapter(path: str) -> Path:
+    """The folder of an adapter: `path` itself, or where the hub's files of that name were put.
+
+    Raises:
+        AdapterError: when it holds no adapter, or one whose weights are a pickle file.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "~", "/")):
+        with reading(path):
+            folder = Path(snapshot_download(path, allow_patterns=[CONFIG_FILE, "*.safetensors", "tokenizer*", "*.jinja"]))
+    if not (folder / CONFIG_FILE).is_file():
+        raise AdapterError(f"no adapter at '{path}': expected a folder with {CONFIG_FILE}")
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        why = (
+            "its weights are 'adapter_model.bin', a pickle file that can run code when it is read" if pickled else "its weights are missing"
+        )
+        raise AdapterError(f"the adapter '{path}' cannot be loaded: {why}; expected {WEIGHTS_FILE}")
+    return folder.resolve()
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The adapter's configuration.
+
+    Raises:
+        AdapterError: when it cannot be read, or is of another kind than LoRA.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8"))["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"not an adapter configuration ({error})", where=Where(file=str(file))) from error
+    if kind != "LORA":
+        raise AdapterError(f"an adapter of kind {kind}, expected LORA", where=Where(file=str(file), field="peft_type"))
+    with _fitting(folder):
+        config = LoraConfig.from_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)
+    return config
+
+
+def _wrap(model: PreTrainedModel, config: LoraConfig, *, revision: str | None = None) -> PeftModel:
+    try:
+        wrapped = get_peft_model(model, config, adapter_name=_NAME, revision=revision)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+        raise AdapterError(f"the adapter does not fit the model: {str(error).strip().splitlines()[0]}") from error
+    assert isinstance(wrapped, PeftModel)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if config.init_lora_weights in _MOVES_BASE:
+        _remember_start(wrapped)
+    return wrapped
+
+
+def _check(model: PreTrainedModel, adapter: Adapter, targets: Targets) -> None:
+    """What PEFT would only find out in the middle of the work, or not at all."""
+    if targets.smallest < adapter.rank:
+        raise AdapterError(
+            f"adapter.rank {adapter.rank} is larger than '{targets.smallest_name}', whose smaller side is {targets.smallest}"
+        )
+    if targets.parameters and (adapter.dropout or adapter.dora):
+        what = "adapter.dropout" if adapter.dropout else "adapter.dora"
+        raise AdapterError(
+            f"{what} does not work on the experts of this mixture-of-experts model ({targets.parameters[0]})",
+            hint="Leave it out, or set adapter.targets: attention",
+        )
+    if adapter.init == "orthogonal" and adapter.rank % 2:
+        raise AdapterError(f"adapter.init: orthogonal needs an even rank, found {adapter.rank}")
+    if adapter.init not in _MOVES_BASE:
+        return
+    if adapter.dora or targets.parameters:
+        other = "adapter.dora" if adapter.dora else "experts"
+        raise AdapterError(f"adapter.init: {adapter.init} does not work together with {other}")
+    if any(parameter.dtype in _QUANTIZED for parameter in model.parameters()):
+        raise AdapterError(f"adapter.init: {adapter.init} changes the base weights, which a quantised model does not allow")
+
+
+def _token_rows(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, list[int]]:
+    """Which rows of which embedding are trained. A tied head follows the input embedding by itself."""
+    if not ids:
+        return {}
+    rows = sorted(set(ids))
+    modules = [model.get_input_embeddings(), *([] if _tied(model) else [model.get_output_embeddings()])]
+    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    return {names[id(module)]: list(rows) for module in modules}
+
+
+def _tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _number(value: float) -> Any:
+    """PEFT writes alpha as it gets it; whole numbers stay whole, as everyone else writes them."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _moved_layers(model: nn.Module) -> list[LoraLayer]:
+    return [
+        module for module in model.modules() if isinstance(module, LoraLayer) and "start_a" in dict(module.named_buffers(recurse=False))
+    ]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _remember_start(model: PeftModel) -> None:
+    """Keeps what A and B began with: the base weight lacks exactly their product."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and _NAME in module.lora_A:
+            layer: Any = module
+            layer.register_buffer("start_a", layer.lora_A[_NAME].weight.detach().clone(), persistent=False)
+            layer.register_buffer("start_b", layer.lora_B[_NAME].weight.detach().clone(), persistent=False)
+
+
+@contextmanager
+def _at_start(layer: Any) -> Generator[None]:
+    """Inside, the layer has the A and B it began with, so that it computes what the untouched base layer does."""
+    pairs = [(layer.lora_A[_NAME].weight, layer.start_a), (layer.lora_B[_NAME].weight, layer.start_b)]
+    trained = [weight.data for weight, _ in pairs]
+    for weight, start in pairs:
+        weight.data = start
+    try:
+        yield
+    finally:
+        for (weight, _), data in zip(pairs, trained, strict=True):
+            weight.data = data
+
+
+def _without_start(model: PeftModel, state: dict[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """B A - B0 A0 as one product: A over A0, and B beside -B0. The scaling stays what it was."""
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    doubled = dict(state)
+    for name, layer in layers.items():
+        doubled[f"{name}.lora_A.weight"] = torch.cat([layer.lora_A[_NAME].weight, layer.start_a])
+        doubled[f"{name}.lora_B.weight"] = torch.cat([layer.lora_B[_NAME].weight, -layer.start_b], dim=1)
+    config.r *= 2
+    config.lora_alpha = _number(config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2))
+    config.init_lora_weights = True
+    return doubled, config
+
+
+@contextmanager
+def _fitting(folder: Path) -> Generator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise AdapterError(f"the adapter cannot be loaded: {lines[-1].strip()}", where=Where(file=str(folder))) from error
