@@ -2,7 +2,8 @@
 
 Every group carries `peak_lr`: the schedule multiplies it, so groups with a rate of their own rise and fall with the rest.
 """
-# pyright: reportPrivateImportUsage=false  # torch._foreach_*: one kernel for a list of tensors, without a public name
+# torch._foreach_* (one kernel for a list of tensors) has no public name
+# pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from burnish.config.sections import Optimizer as OptimizerConfig
 from burnish.config.sections import RateGroup, Train
 from burnish.core.errors import ConfigError, DependencyError, Where
 
-__all__ = ["Combined", "Lion", "averaged_weights", "build_optimizer", "parameter_groups", "set_learning_rate"]
+__all__ = ["Combined", "Lion", "averaged_weights", "build_optimizer", "parameter_groups", "set_learning_rate", "use_final_weights"]
 
 Group = dict[str, Any]
 Builder = Callable[[list[Group], OptimizerConfig], torch.optim.Optimizer]
@@ -94,6 +95,12 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             torch._foreach_copy_(parameters, trained)
         for group in optimizer.param_groups:
             group["train_mode"] = True
+
+
+def use_final_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Leaves the weights to judge and to export in the parameters, at the end of training (see `averaged_weights`)."""
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()  # pyright: ignore[reportAttributeAccessIssue]  # schedule-free only
 
 
 class Lion(torch.optim.Optimizer):

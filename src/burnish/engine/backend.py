@@ -1,0 +1,259 @@
+"""The one door to accelerate: which devices there are, in which precision they compute, and how ranks and trackers are spoken to.
+
+A single process pays nothing: every collective returns its argument.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from torch import nn
+
+from burnish.core.errors import ConfigError, DependencyError, TrainingError, Where
+from burnish.core.log import set_rank, warn
+from burnish.kernels.dispatch import cpu_has_fast_bf16
+
+__all__ = ["Backend", "LossScale", "Precision", "Trackers", "resolve_precision"]
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Backend:
+    """The devices of this run as one process sees them.
+
+    Args:
+        precision: Type of the matrix products; `auto` is bfloat16 where the device computes it fast, else float32.
+        strategy: `auto`, `none` or `ddp`.
+        cpu: Stay on the CPU even where there is an accelerator.
+
+    Raises:
+        ConfigError: the device lacks the precision, or the strategy is not built.
+        TrainingError: a launcher started several processes and they do not see each other.
+    """
+
+    def __init__(self, *, precision: Precision = "auto", strategy: str = "auto", cpu: bool = False) -> None:
+        if strategy not in ("auto", "none", "ddp"):
+            raise ConfigError(f"'{strategy}' is not available yet, expected auto, none or ddp", where=Where(field="parallel.strategy"))
+        # What the launcher promised. On CPUs accelerate forms a group only when told that CPUs are meant.
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        state = PartialState(cpu=cpu or not _has_accelerator())
+        self.device: torch.device = state.device
+        self.rank: int = state.process_index
+        self.world_size: int = state.num_processes
+        if self.world_size != asked:
+            raise TrainingError(
+                f"the launcher started {asked} processes, but this one sees {self.world_size}: they would train {asked} separate models",
+                hint="start them with torchrun or accelerate launch on devices of one kind",
+            )
+        if strategy == "none" and self.world_size > 1:
+            raise ConfigError(f"'none' means one process, found {self.world_size}", where=Where(field="parallel.strategy"))
+        self.compute_dtype = resolve_precision(precision, self.device)
+        self.loss_scale = LossScale() if self.compute_dtype == torch.float16 else None
+        set_rank(self.rank)
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """Type of the frozen weights, where `model.dtype` leaves it to the precision."""
+        return self.compute_dtype
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of this process."""
+        return torch.get_num_threads()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of a forward pass: matrix products in the compute type, trained weights stay float32."""
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def seed(self, seed: int, *, per_rank: bool = False) -> None:
+        """Seeds Python, NumPy and torch; `per_rank` for what must differ between ranks (dropout), without it for what must not (weights)."""
+        seed += self.rank if per_rank else 0
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Makes the trained parameters of all ranks those of rank 0. Called once, before the first step.
+
+        The gradients meet in `average_gradients`. So the model stays the same object, and a policy may call any part of it (the body
+        without the head), which a wrapper around `forward` would not see.
+        """
+        if self.world_size > 1:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    dist.broadcast(parameter.data, src=0)
+        return model
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replaces every gradient by its mean over the ranks, in one collective per type.
+
+        A parameter without gradient on this rank (an expert that saw no token) counts as zero.
+        """
+        if self.world_size == 1:
+            return
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter)
+        for members in by_dtype.values():
+            flat = torch.cat([p.grad.flatten() for p in members if p.grad is not None])
+            dist.all_reduce(flat)
+            flat /= self.world_size
+            offset = 0
+            for parameter in members:
+                assert parameter.grad is not None
+                parameter.grad.copy_(flat[offset : offset + parameter.numel()].view_as(parameter))
+                offset += parameter.numel()
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sums(self, values: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        """(sum, count) pairs added over the ranks, key by key; a rank may lack a key."""
+        if self.world_size == 1:
+            return dict(values)
+        total: dict[str, tuple[float, float]] = {}
+        for share in self.gather(dict(values)):
+            for key, (amount, count) in share.items():
+                before = total.get(key, (0.0, 0.0))
+                total[key] = (before[0] + amount, before[1] + count)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """True where any rank says so: a signal reaches one rank, and all must act on it in the same step."""
+        return flag if self.world_size == 1 else any(self.gather(flag))
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def trackers(self, kinds: Sequence[str], *, name: str, folder: Path, config: Mapping[str, Any]) -> Trackers:
+        """Starts the trackers of `track` (those besides `csv`, which is always written).
+
+        Raises:
+            DependencyError: a tracker's package is not installed, or it refuses to start. Nothing has been trained by then.
+        """
+        wanted = [kind for kind in kinds if kind != "csv"]
+        for kind in wanted:
+            if importlib.util.find_spec(kind) is None:
+                raise DependencyError(
+                    f"the tracker '{kind}' needs the package {kind}, which is not installed",
+                    where=Where(field="track"),
+                    hint=f"pip install 'burnish[{kind}]'",
+                )
+        return Trackers([_start(kind, name, folder, _flat(config)) for kind in wanted] if self.is_main else [])
+
+
+class LossScale:
+    """Dynamic loss scaling for float16 (1710.03740, section 3.2): the scale halves on overflow and doubles after many good steps."""
+
+    def __init__(self, scale: float = 2.0**16, *, growth_interval: int = 2000) -> None:
+        self.scale = scale
+        self.growth_interval = growth_interval
+        self.good_steps = 0
+
+    def update(self, *, finite: bool) -> None:
+        """Adjusts the scale after a step."""
+        if not finite:
+            self.scale, self.good_steps = max(1.0, self.scale / 2), 0
+            return
+        self.good_steps += 1
+        if self.good_steps >= self.growth_interval:
+            self.scale, self.good_steps = self.scale * 2, 0
+
+
+class Trackers:
+    """Metrics on their way to TensorBoard, W&B, MLflow or Trackio. A tracker that fails while training is dropped with a warning."""
+
+    def __init__(self, trackers: list[GeneralTracker]) -> None:
+        self._trackers = trackers
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Sends numbers; names keep their plain form."""
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(dict(values), step=step)
+            except Exception as error:  # whatever a remote service raises must not end a run
+                self._trackers.remove(tracker)
+                warn(f"the tracker '{tracker.name}' failed and is switched off for the rest of the run: {error}")
+
+    def close(self) -> None:
+        """Flushes and ends them."""
+        for tracker in self._trackers:
+            try:
+                tracker.finish()
+            except Exception as error:
+                warn(f"the tracker '{tracker.name}' could not be closed: {error}")
+        self._trackers = []
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type of the matrix products on `device`.
+
+    Raises:
+        ConfigError: the device cannot compute in the type that was asked for.
+    """
+    if precision != "auto":
+        if precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ConfigError(
+                f"{torch.cuda.get_device_name(device)} has no bfloat16, expected float16, float32 or auto",
+                where=Where(field="train.precision"),
+            )
+        return _DTYPES[precision]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and cpu_has_fast_bf16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()
+
+
+def _start(kind: str, name: str, folder: Path, config: dict[str, Any]) -> GeneralTracker:
+    kind_of = LOGGER_TYPE_TO_CLASS[kind]
+    try:
+        tracker = kind_of(name, folder) if kind_of.requires_logging_directory else kind_of(name)
+        tracker.start()
+        tracker.store_init_configuration(config)
+    except Exception as error:  # a missing key, no network: said before training starts, in one sentence
+        raise DependencyError(f"the tracker '{kind}' could not start: {error}", where=Where(field="track")) from error
+    return tracker
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and plain values, the form every tracker stores."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat

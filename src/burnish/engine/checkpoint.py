@@ -1,0 +1,275 @@
+"""Checkpoints: what they hold, how they are written so that no crash can spoil one, and how a run goes on from them exactly.
+
+    checkpoints/step-000123/
+        model.safetensors        the trained weights, by parameter name
+        optimizer.safetensors    every tensor of the optimiser's state
+        optimizer.json           its scalars and its shape: where each tensor belongs
+        rng.safetensors          random states of torch, of every rank
+        trainer.json             step, loader, NumPy's and Python's random states, best result, identity of the run, versions
+        manifest.json            size and sha256 of every other file
+
+Nothing is pickled, so nothing in a checkpoint can run code. A checkpoint is written into a folder of another name, every file is flushed
+to the disk, and one rename makes it exist. `newest` believes a checkpoint only when its manifest holds, and takes the one before otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from burnish.core.errors import CheckpointError
+from burnish.core.log import warn
+
+__all__ = ["Checkpoint", "flatten", "folders", "load", "newest", "prune", "save", "step_of", "unflatten", "verify"]
+
+FORMAT = 1
+_NAME = re.compile(r"^step-(\d{6,})$")
+_DISCARDED = ".discarded-"
+_REPLACED = ".replaced-"
+_UNFINISHED = ".unfinished-"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """All of a training run at one step."""
+
+    step: int
+    weights: dict[str, torch.Tensor]
+    """Trained weights by parameter name."""
+    optimizer: dict[str, Any]
+    """The optimiser's `state_dict()`."""
+    rng: dict[str, torch.Tensor]
+    trainer: dict[str, Any]
+    """JSON-able: everything else."""
+
+
+def save(root: Path, checkpoint: Checkpoint) -> Path:
+    """Writes a checkpoint under `root` and returns its folder. All or nothing: an error leaves the older checkpoints as they were.
+
+    Raises:
+        CheckpointError: the disk is full or refuses to be written.
+    """
+    target = root / f"step-{checkpoint.step:06d}"
+    unfinished = root / f"{_UNFINISHED}{target.name}"
+    structure, tensors = flatten(checkpoint.optimizer)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(root)
+        _need_space(root, [checkpoint.weights, tensors, checkpoint.rng])
+        unfinished.mkdir()
+        save_file(_plain(checkpoint.weights), unfinished / "model.safetensors", metadata={"format": "pt"})
+        save_file(_plain(tensors), unfinished / "optimizer.safetensors")
+        save_file(_plain(checkpoint.rng), unfinished / "rng.safetensors")
+        _write_json(unfinished / "optimizer.json", structure)
+        _write_json(unfinished / "trainer.json", checkpoint.trainer)
+        files = {path.name: _fingerprint(path) for path in sorted(unfinished.iterdir())}
+        _write_json(unfinished / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "files": files})
+        for path in (*unfinished.iterdir(), unfinished):
+            _flush(path)
+        if target.exists():  # the same step again, after a resume from an older one: it steps aside, to come back after a crash
+            target.rename(root / f"{_REPLACED}{target.name}")
+        unfinished.rename(target)
+        _flush(root)
+        _clear_leftovers(root)
+    except (OSError, ValueError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(
+            f"{target} could not be written: {error}", hint="earlier checkpoints are untouched; free some space and run the command again"
+        ) from error
+    return target
+
+
+def load(folder: Path) -> Checkpoint:
+    """Reads a checkpoint after checking it against its manifest.
+
+    Raises:
+        CheckpointError: a file is missing, torn or changed.
+    """
+    manifest = verify(folder)
+    return Checkpoint(
+        step=manifest["step"],
+        weights=load_file(folder / "model.safetensors"),
+        optimizer=unflatten(_read_json(folder / "optimizer.json"), load_file(folder / "optimizer.safetensors")),
+        rng=load_file(folder / "rng.safetensors"),
+        trainer=_read_json(folder / "trainer.json"),
+    )
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all as they were written.
+
+    Raises:
+        CheckpointError: naming the first file that is missing or differs.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no finished checkpoint: manifest.json is missing")
+    manifest = _read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest.get('format')!r}, expected {FORMAT}", hint="it was written by another version")
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing from the checkpoint")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{file} is torn: {size} bytes, expected {expected['bytes']}")
+        if _fingerprint(file) != expected:
+            raise CheckpointError(f"{file} has changed since it was written: its sha256 differs from the manifest's")
+    return manifest
+
+
+def newest(root: Path) -> Path | None:
+    """The newest checkpoint that is whole, or None where there is none at all. Damaged ones are passed over with a warning.
+
+    Raises:
+        CheckpointError: there are checkpoints, and every one of them is damaged.
+    """
+    problems: list[str] = []
+    _recover(root)
+    for folder in reversed(folders(root)):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+            warn(f"{error}; trying the checkpoint before it")
+            continue
+        return folder
+    if problems:
+        raise CheckpointError(f"no checkpoint in {root} is whole: {'; '.join(problems)}", hint="move the folder away to start anew")
+    return None
+
+
+def folders(root: Path) -> list[Path]:
+    """Finished checkpoints under `root`, oldest first. Ordered by step, not by name or time stamp."""
+    if not root.is_dir():
+        return []
+    return sorted((path for path in root.iterdir() if path.is_dir() and _NAME.match(path.name)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    match = _NAME.match(folder.name)
+    if match is None:
+        raise CheckpointError(f"{folder} is no checkpoint, expected a folder named like step-000123")
+    return int(match[1])
+
+
+def prune(root: Path, *, keep: int, best: int | None = None) -> None:
+    """Deletes old checkpoints: the `keep` newest stay, and the one of step `best`.
+
+    To be called after a `save` returned: then the newest one is on the disk in full. Steps alone decide, never time stamps, and a folder
+    is renamed before it is emptied, so that a crash cannot leave half a checkpoint under a good name.
+    """
+    for folder in folders(root)[: -max(1, keep)]:
+        if step_of(folder) != best:
+            folder.rename(root / f"{_DISCARDED}{folder.name}")
+    _clear_leftovers(root)
+
+
+def flatten(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Splits a nested state into JSON and tensors. `unflatten` puts the same thing together again, key types and tuples included."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def visit(value: Any, path: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            tensors[path] = value
+            return {"tensor": path}
+        if isinstance(value, Mapping):
+            return {"map": [[key, visit(item, f"{path}.{key}".lstrip("."))] for key, item in value.items()]}
+        if isinstance(value, list | tuple):
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return {kind: [visit(item, f"{path}.{number}".lstrip(".")) for number, item in enumerate(value)]}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise CheckpointError(f"the state at '{path}' is a {type(value).__name__}, which a checkpoint cannot hold")
+
+    return visit(state, ""), tensors
+
+
+def unflatten(structure: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The inverse of `flatten`."""
+    if not isinstance(structure, dict):
+        return structure
+    ((kind, content),) = structure.items()
+    makers: dict[str, Callable[[], Any]] = {
+        "tensor": lambda: tensors[content],
+        "map": lambda: {key: unflatten(item, tensors) for key, item in content},
+        "list": lambda: [unflatten(item, tensors) for item in content],
+        "tuple": lambda: tuple(unflatten(item, tensors) for item in content),
+    }
+    return makers[kind]()
+
+
+def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the CPU, contiguous, and no two of them in the same memory: what safetensors can store."""
+    seen: set[int] = set()
+    plain: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        copy = tensor.detach().cpu().contiguous()
+        # An empty tensor has no memory to share, a view has some of another's.
+        pointer = copy.untyped_storage().data_ptr()
+        if copy.numel() and (pointer in seen or copy.untyped_storage().nbytes() != copy.nbytes):
+            copy = copy.clone()
+        seen.add(copy.untyped_storage().data_ptr())
+        plain[name] = copy
+    return plain
+
+
+def _need_space(root: Path, groups: Iterable[Mapping[str, torch.Tensor]]) -> None:
+    need = sum(tensor.nbytes for group in groups for tensor in group.values()) + (1 << 20)
+    free = shutil.disk_usage(root).free
+    if free < need:
+        raise OSError(f"it needs {need / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
+
+
+def _clear_leftovers(root: Path) -> None:
+    _recover(root)
+    for path in list(root.iterdir()):
+        if path.name.startswith((_UNFINISHED, _DISCARDED, _REPLACED)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _recover(root: Path) -> None:
+    """Brings back a checkpoint that had stepped aside for one that was never finished."""
+    for path in list(root.glob(f"{_REPLACED}*")):
+        original = root / path.name.removeprefix(_REPLACED)
+        if not original.exists():
+            path.rename(original)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    # Python writes the shortest text that reads back as the same float, so numbers are exact.
+    path.write_text(json.dumps(value, allow_nan=False, indent=None), encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

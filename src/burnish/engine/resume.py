@@ -1,0 +1,173 @@
+"""What a run must remember to go on exactly, and whether a checkpoint belongs to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from burnish.config.run import RunConfig
+from burnish.core.errors import CheckpointError
+from burnish.core.log import warn
+from burnish.data.types import Source
+from burnish.engine import checkpoint, rng
+from burnish.engine.backend import Backend
+from burnish.engine.checkpoint import Checkpoint, flatten, unflatten
+from burnish.engine.events import State
+from burnish.engine.step import Stepper
+
+__all__ = ["capture", "identity_of", "restore", "restore_weights", "versions"]
+
+_MAY_CHANGE = (
+    "output",
+    "resume",
+    "track",
+    "save",
+    "evaluation",
+    "parallel",
+    "data.workers",
+    "data.cache",
+    "data.eval",
+    "train.epochs",
+    "train.steps",
+    "train.tokens",
+    "train.micro_batch_tokens",
+    "train.checkpoint_activations",
+)
+
+
+def identity_of(config: RunConfig) -> dict[str, Any]:
+    """The settings that a resumed run must share with its checkpoint, as dotted keys and plain values.
+
+    What may change: how long it trains, where it writes, how it is watched, and how the work is cut up. All else would give another run.
+    """
+    return {key: value for key, value in _dotted(config.model_dump(mode="json")).items() if not _may_change(key)}
+
+
+def versions() -> dict[str, str]:
+    """The versions that results depend on."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def capture(
+    *,
+    state: State,
+    stepper: Stepper,
+    source: Source,
+    named_parameters: Mapping[str, nn.Parameter],
+    backend: Backend,
+    identity: Mapping[str, Any],
+) -> Checkpoint:
+    """Everything a run is at this moment. All ranks take part, for their random states."""
+    structure, tensors = flatten({f"rank{rank}": one for rank, one in enumerate(backend.gather(rng.capture()))})
+    return Checkpoint(
+        step=state.step,
+        weights={name: parameter.detach() for name, parameter in named_parameters.items()},
+        optimizer=stepper.optimizer.state_dict(),
+        rng=tensors,
+        trainer={
+            "state": dataclasses.asdict(state),
+            "stepper": stepper.state(),
+            "source": source.state(),
+            "rng": structure,
+            "identity": dict(identity),
+            "world_size": backend.world_size,
+            "versions": versions(),
+        },
+    )
+
+
+def restore(
+    folder: Path,
+    *,
+    state: State,
+    stepper: Stepper,
+    source: Source,
+    named_parameters: Mapping[str, nn.Parameter],
+    backend: Backend,
+    identity: Mapping[str, Any],
+) -> None:
+    """Puts a run back to where its checkpoint was taken.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or belongs to a run with other settings, other data or other parameters.
+    """
+    found = checkpoint.load(folder)
+    trainer = found.trainer
+    _refuse_another_run(folder, trainer["identity"], identity)
+    restore_weights(found, named_parameters, folder)
+    try:
+        stepper.optimizer.load_state_dict(found.optimizer)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} holds the state of another optimiser: {error}") from error
+    stepper.restore(trainer["stepper"])
+    source.restore(trainer["source"])
+    total = state.total
+    for name, value in trainer["state"].items():
+        setattr(state, name, value)
+    if state.total != total:
+        warn(f"the run's length changed from {state.total} to {total} steps, and the learning rate follows the new length")
+    state.total, state.stop = total, None
+    _restore_rng(found, backend)
+    _tell_changed_versions(trainer["versions"])
+
+
+def restore_weights(found: Checkpoint, named_parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
+    """Copies a checkpoint's weights into the parameters.
+
+    Raises:
+        CheckpointError: other parameters are trained now.
+    """
+    different = sorted(found.weights.keys() ^ named_parameters.keys())
+    if different:
+        where = "in the checkpoint only" if different[0] in found.weights else "in this run only"
+        raise CheckpointError(f"{folder} was made with other trained parameters: {different[0]} is {where}")
+    with torch.no_grad():
+        for name, parameter in named_parameters.items():
+            if parameter.shape != found.weights[name].shape:
+                shapes = f"{tuple(found.weights[name].shape)}, expected {tuple(parameter.shape)}"
+                raise CheckpointError(f"{folder}: {name} has shape {shapes}")
+            parameter.copy_(found.weights[name])
+
+
+def _restore_rng(found: Checkpoint, backend: Backend) -> None:
+    if found.trainer["world_size"] != backend.world_size:
+        warn(
+            f"the checkpoint was made on {found.trainer['world_size']} processes and this run has {backend.world_size}: "
+            "the data goes on exactly, dropout does not"
+        )
+        return
+    rng.restore(unflatten(found.trainer["rng"], found.rng)[f"rank{backend.rank}"])
+
+
+def _refuse_another_run(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    if changed:
+        shown = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed[:3])
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise CheckpointError(
+            f"{folder} belongs to a run with other settings: {shown}{more}",
+            hint="put the settings back to go on, or choose another output folder",
+        )
+
+
+def _tell_changed_versions(then: Mapping[str, str]) -> None:
+    changed = [f"{name} {then.get(name)} -> {version}" for name, version in versions().items() if then.get(name) != version]
+    if changed:
+        warn(f"software has changed since the checkpoint, so results may differ in the last digits: {', '.join(changed)}")
+
+
+def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix.rstrip("."): value}
+    return {key: item for name, part in value.items() for key, item in _dotted(part, f"{prefix}{name}.").items()}
+
+
+def _may_change(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE)

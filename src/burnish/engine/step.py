@@ -1,0 +1,219 @@
+"""One optimiser step: add up micro-batches, then update.
+
+The gradient of a step is that of  sum over all micro-batches and ranks of loss.sum / step_weight,  whatever the cut into micro-batches
+and ranks was. Each micro-batch is divided by the weight of the *whole step*, which the loader knows in advance; ranks average their
+gradients, so the local share is multiplied by their number first.
+"""
+# torch._foreach_* (one kernel for a list of tensors) has no public name
+# pyright: reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import get_total_norm
+
+from burnish.core.errors import TrainingError
+from burnish.data.types import Batch
+from burnish.engine.backend import Backend
+from burnish.engine.guard import GradientGuard
+from burnish.engine.optim import set_learning_rate
+from burnish.objectives.base import Loss
+
+__all__ = ["StepResult", "Stepper"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimiser step did, over all ranks."""
+
+    step: int  # from 1: steps done, this one included
+    loss: float  # per unit of weight (per token for SFT), before the update
+    grad_norm: float  # global norm before clipping
+    learning_rate: float  # of the groups without a rate of their own
+    tokens: int  # computed
+    trained_tokens: int  # predictions with a loss
+    examples: int
+    skipped: bool  # the gradient was not finite, and the weights stayed as they were
+    metrics: dict[str, float] = field(default_factory=dict[str, float])  # the objective's own, as means
+
+
+class Stepper:
+    """Accumulates micro-batches and updates the parameters.
+
+    Args:
+        backend: Devices and precision.
+        optimizer: From `engine.optim.build_optimizer`.
+        named_parameters: The trained parameters by full name.
+        learning_rate: The peak rate, and `multiplier` its share at a step (counted from 0).
+        clip: Largest global gradient norm, or None.
+        patience: Steps in a row that may be skipped for a gradient that is not finite.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: Mapping[str, nn.Parameter],
+        *,
+        learning_rate: float,
+        multiplier: Callable[[int], float] = lambda step: 1.0,
+        clip: float | None = 1.0,
+        patience: int = 5,
+    ) -> None:
+        self.backend = backend
+        self.optimizer = optimizer
+        self.parameters = list(named_parameters.values())
+        self.learning_rate = learning_rate
+        self.multiplier = multiplier
+        self.clip = clip
+        self.patience = patience
+        self.guard = GradientGuard(named_parameters)
+        self.step = 0
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+        self._sums = _Sums()
+
+    def accumulate(self, loss: Loss, batch: Batch) -> None:
+        """Adds the gradient of one micro-batch.
+
+        Raises:
+            TrainingError: the step trains nothing, so that there is nothing to divide by.
+        """
+        if not batch.step_weight > 0:
+            raise TrainingError(f"a step must train something, found a total weight of {batch.step_weight}")
+        share = self.backend.world_size / batch.step_weight
+        scale = self.backend.loss_scale.scale if self.backend.loss_scale else 1.0
+        (loss.sum * (share * scale)).backward()
+        self._sums.add(loss, batch)
+
+    def update(self) -> StepResult:
+        """Clips, checks and applies the gradient, and starts the next step with none.
+
+        A gradient that is not finite never reaches the optimiser: the step is skipped and counted. There is one transfer from the device,
+        for what the log needs anyway.
+
+        Raises:
+            TrainingError: micro-batches are missing, too many steps in a row were not finite, or trained parameters got no gradient (see `engine.guard`).
+        """
+        self.backend.average_gradients(self.parameters)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        scale = self.backend.loss_scale.scale if self.backend.loss_scale else 1.0
+        norm, sums = self._sums.collect(get_total_norm(gradients), self.backend)
+        norm /= scale
+        loss = self._mean_loss(sums.pop("loss", (0.0, 0.0)))
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        multiplier = self.multiplier(self.step)
+        if finite:
+            self._apply(gradients, norm, scale, multiplier)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._count_skips(finite, loss, norm)
+        return StepResult(
+            step=self.step,
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=self.learning_rate * multiplier,
+            tokens=int(sums["tokens"][0]),
+            trained_tokens=int(sums["trained_tokens"][0]),
+            examples=int(sums["examples"][0]),
+            skipped=not finite,
+            metrics={key[7:]: amount / count for key, (amount, count) in sums.items() if key.startswith("metric.") and count},
+        )
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able: what a step remembers beyond the optimiser's own state."""
+        scale = self.backend.loss_scale
+        return {
+            "step": self.step,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "loss_scale": [scale.scale, scale.good_steps] if scale else None,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`."""
+        self.step = state["step"]
+        self.skipped = state["skipped"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        if self.backend.loss_scale and state["loss_scale"]:
+            self.backend.loss_scale.scale, self.backend.loss_scale.good_steps = state["loss_scale"]
+
+    def _mean_loss(self, total: tuple[float, float]) -> float:
+        amount, weight = total
+        if not weight or not math.isclose(weight, self._sums.step_weight or weight, rel_tol=1e-4):
+            raise TrainingError(
+                f"the micro-batches of this step weigh {weight:g} together, expected the announced {self._sums.step_weight:g}",
+                hint="accumulate every micro-batch of a step before update()",
+            )
+        return amount / weight
+
+    @torch.no_grad()
+    def _apply(self, gradients: list[torch.Tensor], norm: float, scale: float, multiplier: float) -> None:
+        factor = 1.0 / scale
+        if self.clip is not None and norm > self.clip:
+            factor *= self.clip / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
+        if factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        if not self.guard.done:
+            self.guard.look()
+        set_learning_rate(self.optimizer, multiplier)
+        self.optimizer.step()
+
+    def _count_skips(self, finite: bool, loss: float, norm: float) -> None:
+        scale = self.backend.loss_scale
+        adapting = scale is not None and scale.scale > 1.0  # an overflow only means that the scale was too high
+        if scale is not None:
+            scale.update(finite=finite)
+        if finite:
+            self._skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        if adapting and math.isfinite(loss):
+            return
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= self.patience:
+            raise TrainingError(
+                f"the gradient was not finite for {self._skipped_in_a_row} steps in a row (step {self.step}: loss {loss}, "
+                f"gradient norm {norm}); the weights are those of step {self.step - self._skipped_in_a_row}",
+                hint="lower train.learning_rate, lengthen the warm-up, or use train.precision=float32",
+            )
+
+
+class _Sums:
+    """What a step adds up: kept on the device until one transfer brings all of it to the host."""
+
+    def __init__(self) -> None:
+        self.step_weight = 0.0
+        self._keys: list[str] = []
+        self._tensors: list[torch.Tensor] = []
+        self._host: dict[str, tuple[float, float]] = {}
+
+    def add(self, loss: Loss, batch: Batch) -> None:
+        self.step_weight = batch.step_weight
+        self._push("loss", loss.sum, batch.weight)
+        for key, (amount, count) in loss.metrics.items():
+            self._push(f"metric.{key}", amount, count)
+        for key, count in (("tokens", len(batch.input_ids)), ("trained_tokens", len(batch.targets)), ("examples", batch.examples)):
+            self._host[key] = (self._host.get(key, (0.0, 0.0))[0] + count, 1.0)
+
+    def collect(self, norm: torch.Tensor, backend: Backend) -> tuple[float, dict[str, tuple[float, float]]]:
+        """The gradient norm as a number, and all sums over micro-batches and ranks. Starts the next step with none."""
+        values = torch.stack([norm.detach().float(), *(t.to(norm.device) for t in self._tensors)]).tolist()
+        sums = dict(self._host)
+        for key, value in zip(self._keys, values[1:], strict=True):
+            before = sums.get(key, (0.0, 0.0))
+            sums[key] = (before[0] + value, before[1])
+        self._keys, self._tensors, self._host = [], [], {}
+        return values[0], backend.sums(sums)
+
+    def _push(self, key: str, amount: torch.Tensor, count: float) -> None:
+        self._keys.append(key)
+        self._tensors.append(amount.detach().float())
+        before = self._host.get(key, (0.0, 0.0))
+        self._host[key] = (before[0], before[1] + count)
