@@ -1,1 +1,51 @@
-"""burnish fine-tunes open language models."""
+"""burnish fine-tunes open language models.
+
+    import burnish
+
+    burnish.train("run.yaml")                       # what `burnish train run.yaml` does
+
+    run = burnish.Run.from_file("run.yaml")         # the loop in your own hands
+    for batch in run.batches():
+        run.step(run.loss(batch))
+    run.save()
+
+    policy = burnish.load("HuggingFaceTB/SmolLM2-135M-Instruct", adapter={"rank": 16})   # the model in anyone's training code
+
+Names are looked up when they are first used: `import burnish` imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from burnish.core.errors import BurnishError
+    from burnish.data.types import Batch, Conversation, Message
+    from burnish.models.policy import Policy
+    from burnish.objectives.base import Loss
+    from burnish.run import Run, load, train
+
+_HOMES = {
+    "Batch": "burnish.data.types",
+    "BurnishError": "burnish.core.errors",
+    "Conversation": "burnish.data.types",
+    "Loss": "burnish.objectives.base",
+    "Message": "burnish.data.types",
+    "Policy": "burnish.models.policy",
+    "Run": "burnish.run",
+    "load": "burnish.run",
+    "train": "burnish.run",
+}
+
+__all__ = ["Batch", "BurnishError", "Conversation", "Loss", "Message", "Policy", "Run", "load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'burnish' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

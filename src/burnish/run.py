@@ -1,0 +1,367 @@
+"""A run: the one place where settings become objects.
+
+    run = Run.from_file("run.yaml")
+    run.train()                                what `burnish train run.yaml` does
+
+or the loop in your own hands, with a loss of your own if you like:
+
+    run = Run.from_file("run.yaml")
+    for batch in run.batches():                micro-batches, flat and on the device, until the run's last step
+        loss = run.loss(batch)                 the objective's sum over this micro-batch
+        run.step(loss)                         backward; with the last micro-batch of a step also clip, check, update
+    run.save()
+
+Each part is built when it is first asked for, in the order in which the properties stand here: the data before the model, so that bad rows are
+found before weights are loaded, and everything before the run folder, so that bad input leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from burnish.config.load import dump_run, load_run, parse_run
+from burnish.config.objectives import Plugin
+from burnish.config.run import RunConfig
+from burnish.config.sections import Adapter, Model
+from burnish.core import plugins
+from burnish.core.errors import CheckpointError, ConfigError, Where
+from burnish.core.log import info
+from burnish.data.loader import Loader, eval_batches
+from burnish.data.prepare import Prepared, prepare
+from burnish.data.render import Renderer
+from burnish.data.types import Batch
+from burnish.engine import checkpoint, loop
+from burnish.engine.backend import Backend, Precision
+from burnish.engine.events import Callback
+from burnish.engine.optim import build_optimizer
+from burnish.engine.report import write_report
+from burnish.engine.resume import identity_of
+from burnish.engine.step import StepResult, Stepper
+from burnish.models.adapters import attach
+from burnish.models.load import load_model
+from burnish.models.policy import Policy
+from burnish.models.save import save_model
+from burnish.models.tokenizer import add_tokens, load_tokenizer
+from burnish.objectives.base import Loss, Objective
+
+DEFAULT_BATCH_SIZE = 32
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+class Run:
+    """One training run.
+
+    Args:
+        config: The settings.
+        base: Folder that relative paths of plug-ins belong to.
+        callbacks: What is called while training, see `engine.events.Callback`.
+    """
+
+    def __init__(self, config: RunConfig, *, base: Path | None = None, callbacks: Sequence[Callback] = ()) -> None:
+        self.config = config
+        self.base = base or Path.cwd()
+        self.callbacks = list(callbacks)
+        self._batch: Batch | None = None
+
+    @classmethod
+    def from_file(cls, path: str | Path, *overrides: str, callbacks: Sequence[Callback] = ()) -> Run:
+        """The run of a run file, with `key=value` overrides.
+
+        Raises:
+            ConfigError: the file or an override is wrong; all faults are reported together.
+        """
+        return cls(load_run(path, overrides).config, base=Path(path).resolve().parent, callbacks=callbacks)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, callbacks: Sequence[Callback] = ()) -> Run:
+        """The run of a mapping with the keys of a run file.
+
+        Raises:
+            ConfigError: as for a file.
+        """
+        return cls(parse_run(config, base=Path.cwd()).config, callbacks=callbacks)
+
+    # The parts, in the order in which they are built.
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.output)
+
+    @cached_property
+    def backend(self) -> Backend:
+        """Devices and precision."""
+        return Backend(precision=self.config.train.precision, strategy=self.config.parallel.strategy)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The model's tokenizer, with the new tokens and the chat template of the run."""
+        return load_tokenizer(self.config.model)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """Turns rows into token ids and the trained mask."""
+        data = self.config.data
+        return Renderer(
+            self.tokenizer, chat_template=self.config.model.chat_template, train_on=data.train_on, train_on_prompt=data.train_on_prompt
+        )
+
+    @cached_property
+    def data(self) -> Prepared:
+        """The tokenised data and its account."""
+        return prepare(self.config.data, self.renderer, seed=self.config.train.seed)
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The model to train, with its adapter."""
+        self.backend.seed(self.config.train.seed)  # the adapter's initial weights
+        policy = build_policy(self.config.model, self.config.adapter, self.backend, self.tokenizer)
+        if self.config.train.checkpoint_activations in ("on", True):
+            policy.checkpoint_activations()
+        policy.noise(getattr(self.config.objective, "neftune_alpha", 0.0))
+        return policy
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return build_objective(self.config, self.base)
+
+    @cached_property
+    def loader(self) -> Loader:
+        """The micro-batches of each step."""
+        train, data = self.config.train, self.config.data
+        return Loader(
+            self.data.train,
+            batch_size=None if train.batch_tokens else train.batch_size or DEFAULT_BATCH_SIZE,
+            batch_tokens=train.batch_tokens,
+            max_length=data.max_length,
+            micro_batch_tokens=self.micro_batch_tokens,
+            packing=data.packing,
+            shuffle=data.shuffle,
+            seed=train.seed,
+            rank=self.backend.rank,
+            world_size=self.backend.world_size,
+        )
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Most tokens computed at once."""
+        asked = self.config.train.micro_batch_tokens
+        return MICRO_BATCH_TOKENS.get(self.backend.device.type, 8192) if asked == "auto" else asked
+
+    @cached_property
+    def job(self) -> loop.Job:
+        """All of it, as the training loop takes it."""
+        held_out, tokens, packing = self.data.eval, self.micro_batch_tokens, self.config.data.packing
+        passes = partial(eval_batches, held_out, tokens, self.backend.rank, self.backend.world_size, packing=packing) if held_out else None
+        return loop.Job(
+            policy=self.policy,
+            objective=self.objective,
+            source=self.loader,
+            optimizer=build_optimizer(self.policy.trainable(), self.config.train),
+            backend=self.backend,
+            train=self.config.train,
+            folder=self.folder,
+            evaluation=self.config.evaluation,
+            save=self.config.save,
+            eval_batches=passes,
+            callbacks=self.callbacks,
+            identity=identity_of(self.config) | {"data.fingerprint": self.data.fingerprint},
+            resume=self.config.resume == "auto",
+        )
+
+    @cached_property
+    def stepper(self) -> Stepper:
+        """What a loop of your own steps with."""
+        self.policy.train()
+        self.backend.seed(self.config.train.seed, per_rank=True)
+        return loop.build_stepper(self.job, self.total_steps)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return loop.length_of(self.loader, self.config.train)
+
+    # The whole run in one call.
+
+    def train(self) -> loop.Outcome:
+        """Trains, saves the model and writes the report.
+
+        Raises:
+            BurnishError: see `core.errors`; before the first step nothing is written.
+        """
+        self._refuse_to_overwrite()
+        began = time.perf_counter()
+        job = self.job
+        info(self._announcement())
+        self.open()
+        job.trackers = self.backend.trackers(
+            self.config.track, name=self.folder.name, folder=self.folder, config=self.config.model_dump(mode="json")
+        )
+        try:
+            outcome = loop.train(job)
+        finally:
+            job.trackers.close()
+        self.save()
+        if self.backend.is_main:
+            write_report(self.folder)
+            seconds = time.perf_counter() - began
+            info(f"done in {seconds:.0f} s: {self.folder / 'model'}  report: {self.folder / 'report.html'}")
+        return outcome
+
+    # The loop in the user's hands.
+
+    def batches(self) -> Iterator[Batch]:
+        """Micro-batches of this rank, on the device, until the run's last step."""
+        while self.stepper.step < self.total_steps:
+            for batch in self.loader.next(self.policy):
+                self._batch = batch.to(self.backend.device)
+                yield self._batch
+
+    def loss(self, batch: Batch) -> Loss:
+        """The run's objective on a micro-batch: a sum, which `step` divides by the weight of the whole step."""
+        with self.backend.autocast():
+            return self.objective(self.policy, batch)
+
+    def step(self, loss: Loss | torch.Tensor, batch: Batch | None = None) -> StepResult | None:
+        """Adds the gradient of one micro-batch; with the last one of its step, updates the weights.
+
+        Args:
+            loss: The sum over the micro-batch's weight, as `loss` gives it, or a scalar tensor of your own.
+            batch: The micro-batch; left out, the one that `batches` gave last.
+
+        Returns:
+            What the update did, or None where the step has more micro-batches.
+        """
+        batch = batch or self._batch
+        if batch is None:
+            raise ValueError("step needs a batch: take one from batches(), or pass it")
+        self.stepper.accumulate(loss if isinstance(loss, Loss) else Loss(loss), batch)
+        return self.stepper.update() if batch.last else None
+
+    def save(self) -> Path:
+        """Writes the trained model (the adapter as a PEFT folder, or the whole model) into the run folder, and returns the place."""
+        target = self.folder / "model"
+        self.open()
+        if self.backend.is_main:
+            save_model(self.policy.model, self.tokenizer, target)
+        self.backend.barrier()
+        return target
+
+    def open(self) -> None:
+        """Makes the run folder, with the resolved run file and the account of the data."""
+        if not self.backend.is_main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "run.yaml").write_text(dump_run(self.config), encoding="utf-8")
+        (self.folder / "data.json").write_text(json.dumps(self.data.account.to_json(), indent=2) + "\n", encoding="utf-8")
+
+    def _refuse_to_overwrite(self) -> None:
+        if self.config.resume == "never" and checkpoint.newest(self.folder / "checkpoints") is not None:
+            raise CheckpointError(
+                f"{self.folder} holds a run already, and resume is 'never'",
+                hint="Choose another output folder, or resume: auto to go on with this run.",
+            )
+
+    def _announcement(self) -> str:
+        trained = sum(p.numel() for p in self.policy.trainable().values())
+        everything = sum(p.numel() for p in self.policy.model.parameters())
+        dtype = str(self.backend.compute_dtype).removeprefix("torch.")
+        return (
+            f"training {trained / 1e6:.2f} M of {everything / 1e6:.1f} M parameters for {self.total_steps} steps"
+            f" on {self.backend.world_size} x {self.backend.device.type}, {dtype}"
+        )
+
+
+def build_policy(model: Model, adapter: Adapter | None, backend: Backend, tokenizer: PreTrainedTokenizerFast) -> Policy:
+    """Loads a model, puts the adapter on it, and wraps both as a policy."""
+    whole = load_model(
+        model, compute_dtype=backend.storage_dtype, device=backend.device, trainable=adapter is None, tokenizer=tokenizer
+    )
+    trained: nn.Module = whole
+    if adapter is not None:
+        trained = attach(whole, adapter, new_token_ids=add_tokens(tokenizer, model.new_tokens), revision=model.revision)
+    return Policy(trained, tokenizer, attention=model.attention)
+
+
+def build_objective(config: RunConfig, base: Path) -> Objective:
+    """The objective of a run: a built-in kind, or one of the user's own.
+
+    Raises:
+        ConfigError: there is none of that name, or it does not take the given options.
+    """
+    settings = config.objective
+    if not isinstance(settings, Plugin):
+        return plugins.built_in("objectives", settings.kind).build(settings)
+    made = plugins.load("objectives", settings.kind, base)
+    if not isinstance(made, type):
+        if settings.options:
+            raise ConfigError(
+                f"a function takes no options, found {', '.join(settings.options)}", where=Where(field=f"objective {settings.kind}")
+            )
+        return _Function(made)
+    try:
+        options = made.Config(**settings.options) if hasattr(made, "Config") else settings.options
+        return made(options) if hasattr(made, "Config") else made(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"does not take these options: {error}", where=Where(field=f"objective {settings.kind}")) from error
+
+
+class _Function:
+    """A plain function `(policy, batch) -> Loss or scalar sum` as an objective."""
+
+    needs_reference = False
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def __call__(self, policy: Any, batch: Batch) -> Loss:
+        made = self._function(policy, batch)
+        return made if isinstance(made, Loss) else Loss(made)
+
+
+def train(path: str | Path, *overrides: str, callbacks: Sequence[Callback] = ()) -> loop.Outcome:
+    """Trains as a run file says: `burnish.train("run.yaml", "train.epochs=2")`."""
+    return Run.from_file(path, *overrides, callbacks=callbacks).train()
+
+
+def load(
+    model: str | Mapping[str, Any],
+    *,
+    adapter: Mapping[str, Any] | None = None,
+    trainable: bool = True,
+    precision: Precision = "auto",
+) -> Policy:
+    """Loads a model for use in anyone's training code.
+
+    Args:
+        model: Hub id, folder, `file.gguf` or `package:NAME`, or a mapping with the keys of the run file's `model`.
+        adapter: Keys of the run file's `adapter`, e.g. `{"rank": 16}`; None is the whole model.
+        trainable: Whether weights will be trained; without, they are frozen.
+        precision: Type of the matrix products; `auto` is bfloat16 where the device computes it fast.
+
+    Returns:
+        A Policy: `.model` is an ordinary transformers (or PEFT) model, which the HF Trainer and TRL take as it is, and `.tokenizer` its tokenizer.
+        Its own `token_stats` computes flat batches without padding and without stored logits.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        AdapterError: the adapter does not fit it.
+    """
+    settings = Model.model_validate({"path": model} if isinstance(model, str) else dict(model))
+    backend = Backend(precision=precision)
+    tokenizer = load_tokenizer(settings)
+    policy = build_policy(settings, Adapter.model_validate(dict(adapter)) if adapter is not None else None, backend, tokenizer)
+    if not trainable:
+        policy.model.requires_grad_(False)
+        policy.eval()
+    return policy
