@@ -1,0 +1,229 @@
+"""The policy: a causal language model as objectives see it, over flat batches.
+
+    batch ─ backbone (forest attention) ─▶ hidden states [T, H] ─ rows ─▶ head in chunks ─▶ TokenStats [K]
+
+Any transformers causal LM will do, with or without a PEFT adapter. At construction a probe of a dozen tokens shows whether segments can
+share a call and whether the head was understood (models/anatomy.py). Where not, the policy computes one segment at a time, or takes the
+model's own logits, says so once, and gives the same numbers.
+
+Mixture-of-experts models are trained without the router's auxiliary loss: the backbone alone is called, and transformers adds that loss
+only in the whole model. With a frozen router, as under an adapter, it would have no effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+
+from burnish.core.errors import ModelError
+from burnish.core.log import warn
+from burnish.data.types import Batch
+from burnish.kernels.attention import Forest
+from burnish.kernels.dispatch import AttentionKind
+from burnish.kernels.linear_ce import TokenStats, head_stats, head_stats_module, stats_from_logits
+from burnish.models.anatomy import dissect, probe
+from burnish.models.forest import Packed, install, last_hidden, run
+
+
+class Policy:
+    """A model for training: statistics of targets, hidden states, a reference.
+
+    Args:
+        model: A transformers causal LM, or a PEFT model around one. Its attention is replaced in place; generation still works.
+        tokenizer: Kept for whoever holds the policy.
+        reference: A frozen model to compare with, for full fine-tuning. An adapter needs none: switched off, it is the reference.
+        attention: How attention is computed; see kernels/dispatch.py.
+        verify: Probe the model. Without, packing and the head are taken on trust (weights that are not there yet).
+
+    Raises:
+        ModelError: This is not a transformers causal LM.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        reference: nn.Module | None = None,
+        attention: AttentionKind = "auto",
+        verify: bool = True,
+    ) -> None:
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self._attention: AttentionKind = attention
+        self._reference = Policy(reference, tokenizer, attention=attention, verify=verify) if reference is not None else None
+        self._refer = False
+        self._noise = _EmbeddingNoise()
+        anatomy = dissect(model)
+        if verify:
+            self.anatomy = probe(anatomy, attention)
+            self._report()
+        else:
+            install(anatomy.whole)
+            self.anatomy = replace(anatomy, packed=True)
+
+    def token_stats(self, batch: Batch, *, want: frozenset[str] = frozenset()) -> TokenStats:
+        """Statistics [K] of the batch's targets; `want` names the optional fields to fill.
+
+        The sum of any function of them can be differentiated. Logits exist only at trained positions, a chunk at a time.
+        """
+        if self._refer and self._reference is not None:
+            return self._reference.token_stats(batch, want=want)
+        anatomy = self.anatomy
+        if anatomy.head is None:
+            return stats_from_logits(self._own_logits(batch), batch.targets, want)
+        hidden = self.hidden(batch).index_select(0, batch.rows)
+        shape: dict[str, Any] = {"softcap": anatomy.softcap, "scale": anatomy.scale, "want": want}
+        if _is_plain_linear(anatomy.head):
+            return head_stats(hidden, anatomy.head.weight, batch.targets, bias=anatomy.head.bias, **shape)
+        return head_stats_module(hidden, anatomy.head, anatomy.vocabulary, batch.targets, **shape)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Last hidden states [T, H], after the final norm."""
+        if self._refer and self._reference is not None:
+            return self._reference.hidden(batch)
+        return torch.cat([last_hidden(output)[-length:] for output, length in self._run(self.anatomy.backbone, batch)])
+
+    @contextmanager
+    def reference(self) -> Generator[None]:
+        """Inside, the policy answers as the reference model: no gradients, no dropout, the adapter off (or the frozen copy).
+
+        Raises:
+            ModelError: There is neither an adapter nor a frozen copy.
+        """
+        if self._reference is None and not hasattr(self.model, "disable_adapter"):
+            raise ModelError("a reference model is needed, expected an adapter to switch off or a frozen copy of the model")
+        training = self.model.training
+        self.eval()
+        self._refer = True
+        try:
+            with torch.no_grad():
+                if self._reference is not None:
+                    yield
+                else:
+                    with self.model.disable_adapter():
+                        yield
+        finally:
+            self._refer = False
+            self.model.train(training)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every parameter that is trained, by its name in `model`. Tied parameters appear once."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches belong."""
+        return next(self.model.parameters()).device
+
+    def train(self, mode: bool = True) -> Policy:
+        """Switches dropout, noise and activation checkpointing on (they act in training only)."""
+        self.model.train(mode)
+        if self._reference is not None:
+            self._reference.eval()
+        return self
+
+    def eval(self) -> Policy:
+        """Switches them off."""
+        return self.train(False)
+
+    def noise(self, alpha: float) -> None:
+        """NEFTune (2310.05914): while training, uniform noise of size alpha / sqrt(L d) on the embeddings, L a segment's length.
+
+        Args:
+            alpha: 5 to 15 in the paper; 0 takes the noise away.
+        """
+        self._noise.attach(self.anatomy.whole.get_input_embeddings(), alpha)
+
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Recompute each layer's activations in the backward pass instead of storing them. Works with frozen embeddings.
+
+        Raises:
+            ModelError: The model's code has no checkpointing.
+        """
+        whole = self.anatomy.whole
+        if not on:
+            whole.gradient_checkpointing_disable()
+            return
+        if not whole.supports_gradient_checkpointing:
+            raise ModelError(f"activations of {type(whole).__name__} cannot be checkpointed, expected train.checkpoint_activations: off")
+        whole.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _run(self, module: nn.Module, batch: Batch, **options: Any) -> Iterator[tuple[Any, int]]:
+        """Calls `module` on the batch: (output, new tokens at its end), once for all segments or once for each with its chain."""
+        forest = Forest(batch.doc_ends, batch.parents)
+        with self._noise.over(forest, batch.input_ids.device):
+            if self.anatomy.packed:
+                yield run(module, batch.input_ids, batch.positions, Packed(forest, self._attention), **options), forest.doc_ends[-1]
+                return
+            for segment, length in enumerate(forest.lengths):
+                chain = [forest.rows(link) for link in forest.chain(segment)]
+                ids, positions = (torch.cat([x[rows] for rows in chain]) for x in (batch.input_ids, batch.positions))
+                self._noise.only(chain)
+                yield run(module, ids, positions, **options), length
+
+    def _own_logits(self, batch: Batch) -> torch.Tensor:
+        """[K, V] at the trained positions, from the whole model: for heads that we do not understand."""
+        logits = torch.cat([output.logits[0, -length:] for output, length in self._run(self.anatomy.whole, batch)])
+        return logits.index_select(0, batch.rows)
+
+    def _report(self) -> None:
+        name = type(self.anatomy.whole).__name__
+        if not self.anatomy.packed:
+            warn(f"{name} is computed one segment at a time, exact but slower: {self.anatomy.doubts[-1]}")
+        if self.anatomy.head is None:
+            warn(f"{name} is trained through its own full logits, exact but with more memory: {self.anatomy.doubts[0]}")
+        if getattr(self.anatomy.whole.config, "output_router_logits", False):
+            warn(f"{name} asks for the router's auxiliary loss (output_router_logits), which is not part of this objective")
+
+
+class _EmbeddingNoise:
+    """Uniform noise on the output of one embedding module, sized by the segment that each token belongs to."""
+
+    def __init__(self) -> None:
+        self._alpha = 0.0
+        self._handle: Any = None
+        self._lengths: torch.Tensor | None = None  # float [T]: length of each flat token's segment
+        self._now: torch.Tensor | None = None  # the same for the tokens of the call under way
+
+    def attach(self, embedding: nn.Module, alpha: float) -> None:
+        """Puts the hook on, or takes it off."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        self._alpha = alpha
+        if alpha > 0:
+            self._handle = embedding.register_forward_hook(self._add)
+
+    @contextmanager
+    def over(self, forest: Forest, device: torch.device) -> Generator[None]:
+        """While this batch is computed."""
+        if self._handle is not None:
+            lengths = torch.tensor(forest.lengths, device=device)
+            self._lengths = self._now = lengths.repeat_interleave(lengths).float()
+        try:
+            yield
+        finally:
+            self._lengths = self._now = None
+
+    def only(self, parts: list[slice]) -> None:
+        """The next call sees these flat tokens only."""
+        if self._lengths is not None:
+            self._now = torch.cat([self._lengths[part] for part in parts])
+
+    def _add(self, module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if self._now is None or not module.training:
+            return output
+        size = self._alpha / (self._now * output.shape[-1]).sqrt()
+        return output + torch.empty_like(output).uniform_(-1, 1) * size[None, :, None].to(output.dtype)
+
+
+def _is_plain_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling the head is its weight and bias and nothing else: no adapter, no quantisation, no hooks."""
+    changed = vars(head).get("_forward_hooks") or vars(head).get("_forward_pre_hooks") or "forward" in vars(head)
+    return type(head) is nn.Linear and not changed
