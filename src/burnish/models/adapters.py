@@ -9,6 +9,9 @@
 Adapter weights are float32, whatever the base is stored in: updates of one learning rate vanish in bfloat16.
 """
 
+# transformers, PEFT and NumPy are only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import copy
@@ -27,6 +30,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
+from typing_extensions import TypeIs
 
 from burnish.config.sections import Adapter
 from burnish.core.errors import AdapterError, Where
@@ -35,7 +39,7 @@ from burnish.models.targets import Targets, find_targets, find_whole_modules
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"
-_INITS: dict[str, bool | str] = {"default": True}
+_INITS: dict[str, Any] = {"default": True}
 _MOVES_BASE = ("pissa", "olora")  # these start from a part of the base weight, and take that part out of it
 _QUANTIZED = (torch.uint8, torch.int8)
 
@@ -70,7 +74,7 @@ def attach(model: PreTrainedModel, adapter: Adapter, *, new_token_ids: Sequence[
         init_lora_weights=_INITS.get(adapter.init, adapter.init),
         modules_to_save=whole or None,
         trainable_token_indices=_token_rows(model, new_token_ids) or None,
-        ensure_weight_tying=bool(_tied(model) and (whole or new_token_ids)),
+        ensure_weight_tying=_tied(model) and any(name in whole for name in _embedding_names(model)),
     )
     return _wrap(model, config, revision=revision)
 
@@ -103,7 +107,7 @@ def save(model: PeftModel, folder: Path) -> None:
     belong to the untouched base model.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = copy.copy(model.peft_config[_NAME])
+    config: Any = copy.copy(model.peft_config[_NAME])
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     if _moved_layers(model):
         state, config = _without_start(model, state, config)
@@ -148,16 +152,21 @@ def disabled(model: PeftModel) -> Generator[None]:
         yield
 
 
-def output_weight(model: nn.Module) -> torch.Tensor:
+def output_weight(model: PreTrainedModel | PeftModel) -> torch.Tensor:
     """The output head's weight [V, H] as training uses it: with a module saved whole, or with the rows of new tokens put in place."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    head: Any = inner.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    if not isinstance(head, AuxiliaryTrainingWrapper):
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head: Any = inner.get_output_embeddings()
+    if not _is_wrapper(head):
         return head.weight
     if head.disable_adapters:
         return head.original_module.weight
     adapter: Any = getattr(head, "token_adapter", None)
     return adapter.get_merged_weights(adapter.active_adapters) if adapter is not None else head.weight
+
+
+def is_adapted(model: object) -> TypeIs[PeftModel]:
+    """Whether `model` carries an adapter of this module's."""
+    return isinstance(model, PeftModel)
 
 
 def find_adapter(path: str) -> Path:
@@ -226,13 +235,16 @@ def _check(model: PreTrainedModel, adapter: Adapter, targets: Targets) -> None:
             f"{what} does not work on the experts of this mixture-of-experts model ({targets.parameters[0]})",
             hint="Leave it out, or set adapter.targets: attention",
         )
+    if targets.parameters and adapter.init not in ("default", "gaussian"):
+        raise AdapterError(f"adapter.init: {adapter.init} does not work on the experts of this mixture-of-experts model")
+    if adapter.init == "olora" and targets.transposed:
+        raise AdapterError(f"adapter.init: olora does not work on the transposed layers of this model ({targets.modules[0]})")
     if adapter.init == "orthogonal" and adapter.rank % 2:
         raise AdapterError(f"adapter.init: orthogonal needs an even rank, found {adapter.rank}")
     if adapter.init not in _MOVES_BASE:
         return
-    if adapter.dora or targets.parameters:
-        other = "adapter.dora" if adapter.dora else "experts"
-        raise AdapterError(f"adapter.init: {adapter.init} does not work together with {other}")
+    if adapter.dora:
+        raise AdapterError(f"adapter.init: {adapter.init} does not work together with adapter.dora")
     if any(parameter.dtype in _QUANTIZED for parameter in model.parameters()):
         raise AdapterError(f"adapter.init: {adapter.init} changes the base weights, which a quantised model does not allow")
 
@@ -242,14 +254,23 @@ def _token_rows(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, list[in
     if not ids:
         return {}
     rows = sorted(set(ids))
-    modules = [model.get_input_embeddings(), *([] if _tied(model) else [model.get_output_embeddings()])]
+    names = _embedding_names(model)[: 1 if _tied(model) else 2]
+    return {name: list(rows) for name in names}
+
+
+def _embedding_names(model: PreTrainedModel) -> list[str]:
+    """Short names of the input embedding and the output head, e.g. `embed_tokens` and `lm_head`."""
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
-    return {names[id(module)]: list(rows) for module in modules}
+    return [names[id(module)] for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
 
 
 def _tied(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _is_wrapper(module: object) -> bool:
+    return isinstance(module, AuxiliaryTrainingWrapper)
 
 
 def _number(value: float) -> Any:

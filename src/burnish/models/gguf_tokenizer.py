@@ -6,6 +6,9 @@ in whole numbers. GGUF names that rule. An unknown name is an error here, becaus
 The patterns are those of the models' own `tokenizer.json` files.
 """
 
+# transformers, PEFT and NumPy are only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

@@ -11,6 +11,9 @@ llama.cpp stores what transformers stores under other names, with a few changes 
 Every tensor of the file must find its place, and every place its tensor (`load.py` checks the second half).
 """
 
+# transformers, PEFT and NumPy are only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import math

@@ -4,11 +4,13 @@ Nothing is ever filled in silently: a weight that the checkpoint lacks, or has t
 GGUF) only, because the older pickle files can run code when they are read; and a model's own Python code runs only when asked for.
 """
 
+# transformers, PEFT and NumPy are only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging as transformers_logging
 
 from burnish.config.sections import Model
 from burnish.core.errors import ConfigError, DependencyError, ModelError
 from burnish.models.gguf import GGUFFile
 from burnish.models.gguf_weights import read_config, read_weights
 from burnish.models.locate import Location, locate, reading, require_hub
+from burnish.models.quiet import quiet
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LISTED = 5  # this many names of weights stand in a message
@@ -69,9 +71,10 @@ def load_model(
         "output_loading_info": True,
     }
     place = locate(model.path)
-    with reading(model.path), _quiet(place):
+    with reading(model.path), quiet(progress=place.kind == "hub"):
         loaded, report = _from_gguf(place, options, dtype) if place.kind == "gguf" else _from_folder_or_hub(model, place, options)
     _check_complete(model.path, report)
+    loaded.name_or_path = model.path if model.path.startswith("package:") else place.path  # what an adapter records as its base
     _train_padding(loaded)
     if tokenizer is not None:
         fit_vocabulary(loaded, tokenizer, model.new_tokens)
@@ -86,9 +89,10 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n
     Raises:
         ModelError: when the tokenizer has more tokens than the model, and not because of `new_tokens`.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    fresh = sorted(set(tokenizer.convert_tokens_to_ids(list(new_tokens))))
-    needed = max(tokenizer.get_vocab().values()) + 1
+    vocabulary = tokenizer.get_vocab()
+    rows = int(_embedding_tables(model)[0].shape[0])
+    fresh = sorted({vocabulary[token] for token in new_tokens})
+    needed = max(vocabulary.values()) + 1
     unknown = [index for index in range(rows, needed) if index not in fresh]
     if unknown:
         raise ModelError(f"the tokenizer has {needed} tokens, the model has embeddings for {rows} only: they do not belong together")
@@ -102,7 +106,7 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n
 
 def _embedding_tables(model: PreTrainedModel) -> list[torch.Tensor]:
     """Input and output embeddings, once if they are tied."""
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     return list({id(module.weight): module.weight for module in modules if module is not None}.values())
 
 
@@ -110,7 +114,8 @@ def _from_gguf(place: Location, options: dict[str, Any], dtype: torch.dtype) -> 
     file = GGUFFile(place.path)
     config = read_config(file)
     weights = read_weights(file, config, dtype)
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=weights, **options)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return model_class.from_pretrained(None, config=config, state_dict=weights, **options)
 
 
 def _from_folder_or_hub(model: Model, place: Location, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -118,7 +123,8 @@ def _from_folder_or_hub(model: Model, place: Location, options: dict[str, Any]) 
         require_hub(place.path, model.revision)
     else:
         _check_weight_files(Path(place.path))
-    return AutoModelForCausalLM.from_pretrained(
+    loader: Any = AutoModelForCausalLM
+    return loader.from_pretrained(
         place.path, revision=model.revision, trust_remote_code=model.trust_remote_code, use_safetensors=True, **options
     )
 
@@ -178,18 +184,3 @@ def _train_padding(model: PreTrainedModel) -> None:
     embeddings = model.get_input_embeddings()
     if isinstance(embeddings, nn.Embedding):
         embeddings.padding_idx = None
-
-
-@contextmanager
-def _quiet(place: Location) -> Iterator[None]:
-    """No progress bar for files that are here already, and no table of key mismatches: those are errors of ours."""
-    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    if place.kind != "hub":
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bar:
-            transformers_logging.enable_progress_bar()

@@ -3,11 +3,15 @@
 A name that matches nothing is an error: an adapter that silently misses a layer trains worse, and nobody sees why.
 """
 
+# transformers, PEFT and NumPy are only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -51,7 +55,7 @@ def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> Target
     names = [*layers, *experts]
     chosen = _choose(names, targets, _head_name(model))
     modules = [name for name in chosen if name in layers]
-    sides = {name: min(layers[name].weight.shape) if _dense(layers[name]) else _features(layers[name]) for name in modules}
+    sides: dict[str, int] = {name: min(layers[name].weight.shape) if _dense(layers[name]) else _features(layers[name]) for name in modules}
     sides |= {name: min(experts[name].shape[1:]) for name in chosen if name in experts}
     smallest_name = min(sides, key=lambda name: sides[name])
     return Targets(
@@ -76,7 +80,7 @@ def find_whole_modules(model: PreTrainedModel, names: Sequence[str]) -> list[str
     return list(names)
 
 
-def _layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+def _layers(model: PreTrainedModel) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)}
 
 
@@ -138,11 +142,11 @@ def _head_name(model: PreTrainedModel) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
 
 
-def _dense(layer: nn.Module) -> bool:
+def _dense(layer: Any) -> bool:
     weight = getattr(layer, "weight", None)
     return weight is not None and weight.dim() == 2 and weight.is_floating_point()
 
 
-def _features(layer: nn.Module) -> int:
+def _features(layer: Any) -> int:
     """Quantised layers keep their weight in another shape, and say what it stands for."""
-    return min(int(layer.in_features), int(layer.out_features))  # pyright: ignore[reportArgumentType]
+    return min(int(layer.in_features), int(layer.out_features))

@@ -1,5 +1,8 @@
 """Loads a model's tokenizer without its weights."""
 
+# transformers, PEFT and NumPy are only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from tokenizers import AddedToken
@@ -7,29 +10,43 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from burnish.config.sections import Model
 from burnish.core.errors import ModelError
+from burnish.data import templates
 from burnish.models.gguf import GGUFFile
 from burnish.models.gguf_tokenizer import build_tokenizer
 from burnish.models.locate import locate, reading, require_hub
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
-    """The tokenizer of a hub id, folder, GGUF file or `package:NAME`, with `model.new_tokens` added.
+    """The tokenizer of a hub id, folder, GGUF file or `package:NAME`, with `model.new_tokens` added and `model.chat_template` set.
 
     Raises:
+        TemplateError: when `model.chat_template` is neither a built-in template nor a readable file.
         ModelError: when there is none, when it is not a fast one, or when it would have to run code that came with the model.
         DependencyError: when the package of `package:NAME` is not installed.
     """
     place = locate(model.path)
+    if place.kind == "hub":
+        require_hub(place.path, model.revision)
     if place.kind == "gguf":
         tokenizer = build_tokenizer(GGUFFile(place.path))
     else:
-        if place.kind == "hub":
-            require_hub(place.path, model.revision)
-        with reading(model.path):
-            tokenizer = AutoTokenizer.from_pretrained(place.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ModelError(f"the tokenizer of '{model.path}' is a {type(tokenizer).__name__}, expected a fast one (tokenizer.json)")
+        tokenizer = read_tokenizer(place.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     add_tokens(tokenizer, model.new_tokens)
+    if model.chat_template is not None:
+        tokenizer.chat_template = templates.resolve(model.chat_template)
+    return tokenizer
+
+
+def read_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder (a model's or an adapter's) or a hub id.
+
+    Raises:
+        ModelError: when there is none, or when it is not a fast one.
+    """
+    with reading(path):
+        tokenizer: object = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelError(f"the tokenizer of '{path}' is a {type(tokenizer).__name__}, expected a fast one (tokenizer.json)")
     return tokenizer
 
 
@@ -38,6 +55,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerFast, new_tokens: list[str]) -> lis
 
     The tokens are matched whole and stay visible when text is decoded.
     """
-    known = tokenizer.get_vocab()
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in new_tokens if token not in known])
-    return [int(tokenizer.convert_tokens_to_ids(token)) for token in new_tokens]
+    fresh = [token for token in dict.fromkeys(new_tokens) if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in fresh])  # pyright: ignore[reportArgumentType]
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in new_tokens]

@@ -1,0 +1,101 @@
+"""Saves what was trained as a folder that any tool of the field reads: an adapter as PEFT, a whole model as transformers has it.
+
+The folder appears complete or not at all: it is written beside its place and renamed.
+"""
+
+# transformers, PEFT and NumPy are only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from burnish.core.errors import ModelError, Where
+from burnish.models import adapters
+from burnish.models.quiet import quiet
+
+
+def save_model(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path | str, *, dtype: torch.dtype | None = None) -> Path:
+    """Writes the adapter, or the whole model, with its tokenizer and chat template. An older folder of that name is replaced.
+
+    Args:
+        model: The model, with or without an adapter, or a Policy around it.
+        tokenizer: What it was trained with.
+        folder: Where to.
+        dtype: Type of a whole model's weights on disk. Left out, they are written exactly as they are.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: when the folder cannot be written.
+    """
+    inner: Any = model if isinstance(model, PreTrainedModel) or adapters.is_adapted(model) else model.model
+    target = Path(folder)
+    with quiet(), _replacing(target) as fresh:
+        if adapters.is_adapted(inner):
+            adapters.save(inner, fresh)
+        else:
+            _save_whole(inner, fresh, dtype)
+        _save_tokenizer(tokenizer, fresh)
+    return target
+
+
+def _save_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
+    if model.can_generate():
+        _make_consistent(model.generation_config)
+    state = model.state_dict() if dtype is None else {name: _cast(value, dtype) for name, value in model.state_dict().items()}
+    stored = model.config.dtype
+    try:
+        model.config.dtype = dtype or stored
+        model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    finally:
+        model.config.dtype = stored
+
+
+def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _make_consistent(generation: GenerationConfig) -> None:
+    """Many published models set a temperature without asking for sampling, which transformers refuses to write."""
+    sampling = (generation.temperature, generation.top_p, generation.top_k, generation.min_p, generation.typical_p)
+    if not generation.do_sample and any(value is not None for value in sampling):
+        generation.do_sample = True
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":  # a name that only transformers 5 knows, for what all versions know as this
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _replacing(folder: Path) -> Generator[Path]:
+    """A fresh folder that takes the place of `folder` when all went well, and vanishes otherwise."""
+    fresh, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    except OSError as error:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise ModelError(f"cannot write the model: {error}", where=Where(file=str(folder))) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
