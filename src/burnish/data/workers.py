@@ -1,0 +1,223 @@
+"""Processes that prepare chunks of rows.
+
+A worker is a fresh Python that is started with `-m burnish.data.workers` and spoken to through pipes. Why so, and not by `multiprocessing`:
+
+- fork would copy a process whose threads (of the tokenizer, Arrow, torch) hold locks that nobody in the child will ever release;
+- spawn and forkserver import the user's main script again, so `burnish.train(...)` in a script without an `if __name__ == "__main__"`
+  guard, or in a notebook, would start itself over and over;
+- when a worker dies, the pipe ends at once, and a byte of shared memory says on which row it was. Pools of the standard library can tell
+  neither.
+
+Results are taken in the order of the chunks, and what becomes of a chunk depends on its rows alone, so the outcome is bit-equal for any
+number of workers.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import queue
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from types import TracebackType
+from typing import IO, Literal, cast
+
+from burnish.core.errors import BurnishError, DataError, Where
+from burnish.data.pipeline import CHUNK_ROWS, Chunk, Pipeline, Task
+
+_PLACE = struct.Struct("<q")
+_SMALL = 8 * CHUNK_ROWS  # so many rows are prepared sooner than a worker starts (a second or two of imports)
+_MOST = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An exception that was raised in a worker, on its way to the main process."""
+
+    error: BurnishError | None
+    text: str  # the traceback, for exceptions that are not the input's fault
+
+
+def prepared(tasks: Iterator[list[Task]], pipeline: Pipeline, workers: int | Literal["auto"]) -> Iterator[tuple[list[Task], Chunk]]:
+    """Prepares chunks in as many processes as asked for, and gives them back in order.
+
+    `auto` begins in this process, because most data sets are done before a worker has started, and goes on with a worker for each core.
+
+    Raises:
+        DataError: a malformed row, or a worker that died.
+    """
+    if workers == "auto":
+        for chunk in islice(tasks, _SMALL // CHUNK_ROWS):
+            yield chunk, pipeline.run(chunk)
+    count = cores() if workers == "auto" else workers
+    if count <= 1:
+        for chunk in tasks:
+            yield chunk, pipeline.run(chunk)
+        return
+    first = next(tasks, None)
+    if first is None:
+        return
+    with Workers(pipeline, count) as pool:
+        pending = deque([(first, pool.submit(first))])
+        for chunk in tasks:
+            pending.append((chunk, pool.submit(chunk)))
+            if len(pending) >= 2 * count:
+                done, result = pending.popleft()
+                yield done, result.result()
+        while pending:
+            done, result = pending.popleft()
+            yield done, result.result()
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, _MOST)
+
+
+class Workers:
+    """A number of worker processes; a context manager. One thread for each speaks with it."""
+
+    def __init__(self, pipeline: Pipeline, count: int) -> None:
+        self._all = [_Worker(pipeline) for _ in range(count)]
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._all:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="tokenise")
+
+    def submit(self, chunk: list[Task]) -> Future[Chunk]:
+        """Gives a chunk to the next idle worker."""
+        return self._threads.submit(self._run, chunk)
+
+    def _run(self, chunk: list[Task]) -> Chunk:
+        worker = self._idle.get()
+        try:
+            return worker.run(chunk)
+        finally:
+            self._idle.put(worker)
+
+    def __enter__(self) -> Workers:
+        """The workers run already."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Ends them; at once when something went wrong, for they hold nothing that could be lost."""
+        for worker in self._all:
+            worker.stop(kill=kind is not None)
+        self._threads.shutdown(cancel_futures=True)
+
+
+class _Worker:
+    """One process, as the main process sees it."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        # An unlinked file would do on Unix; a named one works everywhere.
+        descriptor, self._beat_file = tempfile.mkstemp(prefix="burnish-worker-")
+        os.write(descriptor, _PLACE.pack(-1))
+        os.close(descriptor)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "burnish.data.workers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment()
+        )
+        self._hello: bytes | None = pickle.dumps((pipeline, self._beat_file))
+
+    def run(self, chunk: list[Task]) -> Chunk:
+        """Has a chunk prepared.
+
+        Raises:
+            DataError: what the worker raised, or that it died.
+        """
+        stdin, stdout = cast("IO[bytes]", self._process.stdin), cast("IO[bytes]", self._process.stdout)
+        try:
+            if self._hello is not None:
+                stdin.write(self._hello)
+                self._hello = None
+            pickle.dump(chunk, stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            stdin.flush()
+            answer: Chunk | Failure = pickle.load(stdout)
+        except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise self._death(chunk) from error
+        if isinstance(answer, Failure):
+            raise answer.error if answer.error is not None else RuntimeError(f"a tokenising worker failed:\n{answer.text}")
+        return answer
+
+    def stop(self, *, kill: bool) -> None:
+        """Ends the process."""
+        if kill:
+            self._process.kill()
+        for stream in (self._process.stdin, self._process.stdout):
+            try:
+                if stream is not None and not kill:
+                    stream.close()
+            except OSError:
+                pass  # it has died; that was reported by whoever noticed first
+        self._process.wait()
+        if os.path.exists(self._beat_file):
+            os.unlink(self._beat_file)
+
+    def _death(self, chunk: list[Task]) -> DataError:
+        code = self._process.wait()
+        cause = f"killed by {_signal_name(-code)}" if code < 0 else f"exit code {code}"
+        with open(self._beat_file, "rb") as stream:
+            place: int = _PLACE.unpack(stream.read(_PLACE.size))[0]
+        first, last = chunk[0].row, chunk[-1].row
+        held = f"{first.file}, row {first.number} to {last.file}, row {last.number}"
+        if place < 0:
+            return DataError(f"a tokenising worker died before its first row ({cause}); it held {held}")
+        row = chunk[place].row
+        hint = "SIGKILL mostly means that memory ran out: set data.workers to a smaller number." if code == -9 else None
+        return DataError(
+            f"a tokenising worker died on this row ({cause}); it held {held}", where=Where(row.file, row=row.number), hint=hint
+        )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _environment() -> dict[str, str]:
+    """What a worker inherits: the same modules, and one thread, since there is a worker for every core."""
+    paths = [path or os.getcwd() for path in sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+
+
+def main() -> None:
+    """A worker's life: read the pipeline, then answer chunks until the pipe ends (also when the main process is killed)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides what to do
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not get between the answers
+    questions = sys.stdin.buffer
+    try:
+        pipeline, beat_file = pickle.load(questions)
+        with open(beat_file, "r+b") as stream, mmap.mmap(stream.fileno(), _PLACE.size) as beat:
+            while True:
+                chunk = pickle.load(questions)
+                pickle.dump(_answer(pipeline, chunk, beat), answers, protocol=pickle.HIGHEST_PROTOCOL)
+                answers.flush()
+    except (EOFError, BrokenPipeError):
+        return
+
+
+def _answer(pipeline: Pipeline, chunk: list[Task], beat: mmap.mmap) -> Chunk | Failure:
+    try:
+        return pipeline.run(chunk, lambda place: _PLACE.pack_into(beat, 0, place))
+    except BurnishError as error:
+        return Failure(error, "")
+    except Exception:
+        return Failure(None, traceback.format_exc())
+
+
+if __name__ == "__main__":
+    main()
