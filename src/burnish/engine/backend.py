@@ -49,7 +49,7 @@ class Backend:
         # What the launcher promised. On CPUs accelerate forms a group only when told that CPUs are meant.
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         state = PartialState(cpu=cpu or not _has_accelerator())
-        self.device: torch.device = state.device
+        self.device = torch.device(state.device or "cpu")
         self.rank: int = state.process_index
         self.world_size: int = state.num_processes
         if self.world_size != asked:
@@ -85,7 +85,7 @@ class Backend:
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
     def seed(self, seed: int, *, per_rank: bool = False) -> None:
-        """Seeds Python, NumPy and torch; `per_rank` for what must differ between ranks (dropout), without it for what must not (weights)."""
+        """Seeds Python, NumPy and torch: `per_rank` for what must differ between ranks (dropout), without it for what must not."""
         seed += self.rank if per_rank else 0
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -167,7 +167,7 @@ class Backend:
                     where=Where(field="track"),
                     hint=f"pip install 'burnish[{kind}]'",
                 )
-        return Trackers([_start(kind, name, folder, _flat(config)) for kind in wanted] if self.is_main else [])
+        return Trackers({kind: _start(kind, name, folder, _flat(config)) for kind in wanted} if self.is_main else {})
 
 
 class LossScale:
@@ -191,26 +191,26 @@ class LossScale:
 class Trackers:
     """Metrics on their way to TensorBoard, W&B, MLflow or Trackio. A tracker that fails while training is dropped with a warning."""
 
-    def __init__(self, trackers: list[GeneralTracker]) -> None:
-        self._trackers = trackers
+    def __init__(self, trackers: Mapping[str, GeneralTracker]) -> None:
+        self._trackers = dict(trackers)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Sends numbers; names keep their plain form."""
-        for tracker in list(self._trackers):
+        for name, tracker in list(self._trackers.items()):
             try:
                 tracker.log(dict(values), step=step)
             except Exception as error:  # whatever a remote service raises must not end a run
-                self._trackers.remove(tracker)
-                warn(f"the tracker '{tracker.name}' failed and is switched off for the rest of the run: {error}")
+                del self._trackers[name]
+                warn(f"the tracker '{name}' failed and is switched off for the rest of the run: {error}")
 
     def close(self) -> None:
         """Flushes and ends them."""
-        for tracker in self._trackers:
+        for name, tracker in self._trackers.items():
             try:
                 tracker.finish()
             except Exception as error:
-                warn(f"the tracker '{tracker.name}' could not be closed: {error}")
-        self._trackers = []
+                warn(f"the tracker '{name}' could not be closed: {error}")
+        self._trackers = {}
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:

@@ -32,6 +32,7 @@ class State:
     best_saved: int | None = None  # step of the checkpoint that holds it
     unimproved: int = 0  # evaluations in a row without improvement
     reference: float | None = None  # the eval loss that an improvement must undercut by evaluation.min_delta
+    evaluation_pending: bool = False  # a signal has cut an evaluation short
     stop: str | None = None  # why the run ends before its last step
 
     @property
@@ -100,8 +101,9 @@ class Callbacks(Callback):
 class Signals:
     """Ctrl-C and SIGTERM, taken politely: the first asks the loop to stop after the step, the second ends the process at once.
 
-    The handler only sets a flag; the loop decides. A checkpoint that is being written when the second signal comes is not visible yet, so
-    nothing is spoiled. Handlers of before are put back on leaving. Outside the main thread, where Python allows no handlers, it does nothing.
+    The handler only sets a flag; the loop decides. A checkpoint that is being written when the second signal comes is not visible yet,
+    so nothing is spoiled. Handlers of before are put back on leaving. Outside the main thread Python allows no handlers; then it does
+    nothing.
     """
 
     def __init__(self) -> None:

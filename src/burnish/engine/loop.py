@@ -1,20 +1,22 @@
 """The training loop. Every objective, every device and every source of batches goes through it.
 
-resume                                     the newest whole checkpoint, if there is one
-on_train_start
-on_eval_start, on_eval_end                 with evaluation.at_start
-until the last step, or state.stop is set:
-    source.next                            the micro-batches of one step
-    on_step_start
-    for each micro-batch:
-        objective, backward                gradients add up
-    update                                 average over ranks, clip, check, optimiser
-    on_step_end
-    on_eval_start, on_eval_end             every evaluation.every, and after the last step; may set state.stop
-    save, on_save                          every save.every, when the eval loss is the lowest so far, and after the last step
-    Ctrl-C or SIGTERM: save, on_save       and Interrupted is raised
-weights of the best checkpoint             with save.best, where there is one
-on_train_end
+    resume                                     the newest whole checkpoint, if there is one
+    on_train_start
+    on_eval_start, on_eval_end                 with evaluation.at_start
+    until the last step, or state.stop is set:
+        source.next                            the micro-batches of one step
+        on_step_start
+        for each micro-batch:
+            objective, backward                gradients add up
+        update                                 average over ranks, clip, check, optimiser
+        on_step_end
+        on_eval_start, on_eval_end             every evaluation.every, and after the last step; may set state.stop
+        save, on_save                          every save.every, when the eval loss is the lowest so far, and after the last step
+        Ctrl-C or SIGTERM: save, on_save       and Interrupted is raised
+    weights of the best checkpoint             with save.best, where there is one
+    on_train_end
+
+The `on_...` are methods of `events.Callback`.
 """
 
 from __future__ import annotations
@@ -56,12 +58,12 @@ class Job:
     optimizer: Any  # torch.optim.Optimizer, from engine.optim
     backend: Backend
     train: Train
+    evaluation: Evaluation
+    save: Save
     folder: Path  # the run folder
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    save: Save = field(default_factory=Save)
     eval_batches: Callable[[], Iterable[Batch]] | None = None  # a fresh pass over the held-out data
     callbacks: Sequence[Callback] = ()
-    trackers: Trackers = field(default_factory=lambda: Trackers([]))
+    trackers: Trackers = field(default_factory=lambda: Trackers({}))
     identity: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what a checkpoint must share, see resume.identity_of
     resume: bool = True
 
@@ -101,7 +103,7 @@ def train(job: Job) -> Outcome:
     ):
         run = _Run(job, state, stepper, log, progress, signals, saved_step=state.step if resumed_from else None)
         run.events.on_train_start(state)
-        if job.evaluation.at_start and state.step == 0:
+        if state.evaluation_pending or (job.evaluation.at_start and state.step == 0):
             run.evaluate()
 
         while not state.finished:
@@ -193,6 +195,7 @@ class _Run:
         self.events = Callbacks(job.callbacks)
         self.last_evaluation: dict[str, float] | None = None
         self._saved_step = saved_step
+        self._first_step = state.step
         self._evaluated_step: int | None = None
 
     def note(self, result: StepResult, *, seconds: float) -> None:
@@ -234,6 +237,7 @@ class _Run:
             cancelled=lambda: job.backend.world_size == 1 and self.signals.received is not None,
         )
         self.progress.status("training")
+        state.evaluation_pending = metrics is None
         if metrics is None:
             return
         self.last_evaluation, self._evaluated_step = metrics, state.step
@@ -287,7 +291,7 @@ class _Run:
         job, state = self.job, self.state
         if state.stop is not None:
             info(f"stopped after step {state.step} of {state.total}: {state.stop}")
-        if job.evaluation.every is not None and self._evaluated_step != state.step and self._saved_step != state.step:
+        if job.evaluation.every is not None and state.step > self._first_step and self._evaluated_step != state.step:
             self.evaluate()
             self.stop_on_signal()
         if job.save.every is not None:

@@ -99,7 +99,8 @@ class Stepper:
         for what the log needs anyway.
 
         Raises:
-            TrainingError: micro-batches are missing, too many steps in a row were not finite, or trained parameters got no gradient (see `engine.guard`).
+            TrainingError: micro-batches are missing, too many steps in a row were not finite, or trained parameters got no gradient
+                (see `engine.guard`).
         """
         self.backend.average_gradients(self.parameters)
         gradients = [p.grad for p in self.parameters if p.grad is not None]

@@ -1,0 +1,341 @@
+"""The loop: what it writes, what it keeps, when it stops, and that going on is the same as never having stopped."""
+
+import json
+import math
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from burnish.config.base import Duration
+from burnish.core.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from burnish.engine import checkpoint
+from burnish.engine.events import Callback, State
+from burnish.engine.loop import Job, due, train
+from burnish.engine.step import StepResult
+
+MakeJob = Callable[..., Job]
+KEYS = ["step", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "seconds", "tokens_per_second"]
+
+
+def lines(job: Job, name: str = "metrics.jsonl") -> list[dict[str, float]]:
+    return [json.loads(line) for line in (job.folder / name).read_text().splitlines()]
+
+
+def without_clock(found: list[dict[str, float]]) -> list[dict[str, float]]:
+    clock = ("seconds", "tokens_per_second", "eval_seconds")
+    return [{key: value for key, value in line.items() if key not in clock} for line in found]
+
+
+def saved_steps(job: Job) -> list[int]:
+    return [checkpoint.step_of(folder) for folder in checkpoint.folders(job.checkpoints)]
+
+
+class SignalAt(Callback):
+    """Sends this process a signal in the middle of a run."""
+
+    def __init__(self, step: int, *, event: str = "step", number: signal.Signals = signal.SIGINT) -> None:
+        self.step, self.event, self.number = step, event, number
+
+    def on_step_end(self, state: State, result: StepResult) -> None:
+        if self.event == "step" and result.step == self.step:
+            signal.raise_signal(self.number)
+
+    def on_eval_start(self, state: State) -> None:
+        if self.event == "eval" and state.step == self.step:
+            signal.raise_signal(self.number)
+
+
+class Recorder(Callback):
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def on_train_start(self, state: State) -> None:
+        self.events.append("train_start")
+
+    def on_step_start(self, state: State) -> None:
+        self.events.append(f"step_start {state.step}")
+
+    def on_step_end(self, state: State, result: StepResult) -> None:
+        self.events.append(f"step_end {state.step}")
+
+    def on_eval_start(self, state: State) -> None:
+        self.events.append("eval_start")
+
+    def on_eval_end(self, state: State, metrics: Mapping[str, float]) -> None:
+        self.events.append("eval_end")
+
+    def on_save(self, state: State, folder: Path) -> None:
+        self.events.append(f"save {folder.name}")
+
+    def on_train_end(self, state: State) -> None:
+        self.events.append("train_end")
+
+
+def test_a_run_learns_and_writes_one_line_a_step(make_job: MakeJob):
+    job = make_job(steps=30)
+    outcome = train(job)
+    found = lines(job)
+    assert [line["step"] for line in found] == list(range(1, 31))
+    assert all(list(line) == [*KEYS, "nll", "sure"] for line in found)
+    assert found[-1]["loss"] < 0.7 * found[0]["loss"]
+    assert found[0]["nll"] == pytest.approx(found[0]["loss"])
+    assert outcome.state.step == 30
+    assert outcome.state.tokens == sum(line["tokens"] for line in found)
+    assert outcome.guard.parameters == 6
+    table = (job.folder / "metrics.csv").read_text().splitlines()
+    assert len(table) == 31
+    assert table[0].startswith("step,loss,learning_rate") and "eval_perplexity" in table[0]
+
+
+def test_the_events_come_in_the_documented_order(make_job: MakeJob):
+    recorder = Recorder()
+    train(make_job(steps=2, evaluation={"every": "2st", "at_start": True}, save={"every": "1st"}, callbacks=[recorder]))
+    assert recorder.events == [
+        *("train_start", "eval_start", "eval_end"),
+        *("step_start 0", "step_end 1", "save step-000001"),
+        *("step_start 1", "step_end 2", "eval_start", "save step-000002", "eval_end", "train_end"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        *[(kind, "float32") for kind in ("adamw", "lion", "muon", "sgd", "adafactor", "adamw_schedule_free", "adamw_8bit")],
+        *[(kind, "bfloat16") for kind in ("adamw", "adamw_schedule_free")],
+        ("adamw", "float16"),
+    ],
+)
+def test_resumed_is_uninterrupted_bit_for_bit(make_job: MakeJob, kind: str, precision: str):
+    settings = {"optimizer": kind, "precision": precision, "dropout": 0.2, "steps": 8, "evaluation": {"every": "3st"}, "weight_decay": 0.1}
+    settings["save"] = {"best": False}
+    whole = make_job("whole", **settings)
+    train(whole)
+    stopped = make_job("parts", **settings, callbacks=[SignalAt(4)])
+    with pytest.raises(Interrupted):
+        train(stopped)
+    resumed = make_job("parts", **settings)
+    outcome = train(resumed)
+    assert outcome.resumed_from == resumed.checkpoints / "step-000004"
+    for name, parameter in whole.policy.trainable().items():
+        assert torch.equal(parameter, resumed.policy.trainable()[name]), name
+    left, left_tensors = checkpoint.flatten(whole.optimizer.state_dict())
+    right, right_tensors = checkpoint.flatten(resumed.optimizer.state_dict())
+    assert left == right
+    assert all(torch.equal(left_tensors[key], right_tensors[key]) for key in left_tensors)
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert without_clock(lines(whole, name)) == without_clock(lines(resumed, name))
+
+
+def test_a_signal_in_an_evaluation_makes_up_for_it_after_the_resume(make_job: MakeJob):
+    settings = {"steps": 6, "evaluation": {"every": "2st"}, "dropout": 0.1}
+    whole = make_job("whole", **settings)
+    train(whole)
+    with pytest.raises(Interrupted, match="stopped after step 4 of 6"):
+        train(make_job("parts", **settings, callbacks=[SignalAt(4, event="eval", number=signal.SIGTERM)]))
+    resumed = make_job("parts", **settings)
+    train(resumed)
+    assert without_clock(lines(whole, "eval.jsonl")) == without_clock(lines(resumed, "eval.jsonl"))
+    assert [line["step"] for line in lines(resumed, "eval.jsonl")] == [2, 4, 6]
+
+
+def test_a_signal_saves_and_the_handlers_come_back(make_job: MakeJob):
+    before = signal.getsignal(signal.SIGINT)
+    job = make_job(callbacks=[SignalAt(3)], save={"every": None})
+    with pytest.raises(Interrupted) as caught:
+        train(job)
+    assert caught.value.exit_code == 3
+    assert saved_steps(job) == [3]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_lines_after_the_checkpoint_are_cut_when_a_run_goes_on(make_job: MakeJob):
+    class Crash(Callback):
+        def on_step_end(self, state: State, result: StepResult) -> None:
+            if state.step == 7:
+                raise RuntimeError("the power is out")
+
+    with pytest.raises(RuntimeError):
+        train(make_job(callbacks=[Crash()], save={"every": "5st"}))
+    job = make_job(save={"every": "5st"})
+    train(job)
+    assert [line["step"] for line in lines(job)] == list(range(1, 11))
+
+
+def test_a_finished_run_trains_no_further_and_keeps_its_result(make_job: MakeJob):
+    first = make_job()
+    train(first)
+    recorder = Recorder()
+    again = make_job(callbacks=[recorder])
+    train(again)
+    assert recorder.events == ["train_start", "train_end"]
+    for name, parameter in first.policy.trainable().items():
+        assert torch.equal(parameter, again.policy.trainable()[name])
+
+
+def test_evaluation_is_one_mean_over_all_weight(make_job: MakeJob):
+    job = make_job(steps=1, evaluation={"every": "1st"})
+    outcome = train(job)
+    assert job.eval_batches is not None
+    job.policy.eval()
+    amount = weight = 0.0
+    for batch in job.eval_batches():
+        for row in range(len(batch.rows)):  # one prediction at a time
+            amount -= (batch.token_weights[row] * job.policy.logprobs(batch)[row]).item()
+            weight += float(batch.token_weights[row])
+    assert outcome.evaluation is not None
+    assert outcome.evaluation["eval_loss"] == pytest.approx(amount / weight, rel=1e-6)
+    assert outcome.evaluation["eval_perplexity"] == pytest.approx(math.exp(amount / weight), rel=1e-6)
+
+
+def test_evaluating_does_not_change_the_training(make_job: MakeJob):
+    often = make_job("often", dropout=0.3, steps=6, evaluation={"every": "1st", "at_start": True}, save={"best": False})
+    never = make_job("never", dropout=0.3, steps=6, held_out=False)
+    train(often)
+    train(never)
+    assert without_clock(lines(often)) == without_clock(lines(never))
+
+
+class Script:
+    """An objective whose eval loss follows a script, and whose training loss is real."""
+
+    needs_reference = False
+
+    def __init__(self, inner: object, losses: list[float]) -> None:
+        self.inner, self.losses = inner, iter(losses)
+
+    def __call__(self, policy: object, batch: object) -> object:
+        loss = self.inner(policy, batch)
+        if not torch.is_grad_enabled():
+            loss.sum = torch.tensor(next(self.losses) * batch.weight)
+            loss.metrics = {}
+        return loss
+
+
+def scripted(job: Job, losses: list[float]) -> Job:
+    assert job.eval_batches is not None
+    one = next(iter(job.eval_batches()))
+    job.eval_batches = lambda: [one]
+    job.objective = Script(job.objective, losses)
+    return job
+
+
+def test_the_best_checkpoint_stays_and_is_what_training_ends_with(make_job: MakeJob):
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+
+    class Keep(Callback):
+        def on_step_end(self, state: State, result: StepResult) -> None:
+            weights[state.step] = {name: p.detach().clone() for name, p in job.policy.trainable().items()}
+
+    settings = {"evaluation": {"every": "1st"}, "save": {"every": "1st", "keep": 2}}
+    job = scripted(make_job(steps=6, callbacks=[Keep()], **settings), [3.0, 2.0, 2.5, 2.6, 2.7, 2.8])
+    outcome = train(job)
+    assert (outcome.state.best_step, outcome.state.best_loss) == (2, pytest.approx(2.0))
+    assert saved_steps(job) == [2, 5, 6]
+    for name, parameter in job.policy.trainable().items():
+        assert torch.equal(parameter, weights[2][name])
+
+
+def test_early_stopping_counts_evaluations_without_improvement(make_job: MakeJob):
+    job = scripted(make_job(evaluation={"every": "1st", "patience": 2, "min_delta": 0.1}), [3.0, 2.0, 1.95, 1.94, 0.0, 0.0])
+    outcome = train(job)
+    assert outcome.state.step == 4
+    assert outcome.state.stop == "the eval loss has not improved for 2 evaluations"
+    assert outcome.state.best_step == 4  # the lowest, though not by enough to go on
+
+
+def test_an_eval_loss_that_is_not_a_number_is_no_improvement(make_job: MakeJob):
+    job = scripted(make_job(steps=3, evaluation={"every": "1st", "patience": 2}), [math.nan, math.nan, 1.0])
+    outcome = train(job)
+    assert outcome.state.step == 2
+    assert outcome.state.best_loss is None
+    assert [line["eval_loss"] for line in lines(job, "eval.jsonl")] == [None, None]
+
+
+def test_old_checkpoints_go(make_job: MakeJob):
+    job = make_job(save={"every": "2st", "keep": 2}, held_out=False)
+    train(job)
+    assert saved_steps(job) == [8, 10]
+
+
+def test_no_checkpoints_on_request(make_job: MakeJob):
+    job = make_job(save={"every": None, "best": False})
+    train(job)
+    assert not job.checkpoints.exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over(make_job: MakeJob):
+    settings = {"save": {"every": "2st", "keep": 9}, "held_out": False, "dropout": 0.1}
+    whole = make_job(**settings)
+    train(whole)
+    for step in (8, 10):
+        file = whole.checkpoints / f"step-{step:06d}" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    again = make_job(**settings)
+    outcome = train(again)
+    assert outcome.resumed_from == again.checkpoints / "step-000006"
+    for name, parameter in whole.policy.trainable().items():
+        assert torch.equal(parameter, again.policy.trainable()[name])
+
+
+def test_a_checkpoint_of_another_run_is_refused(make_job: MakeJob):
+    train(make_job(identity={"train.learning_rate": 0.1, "model.path": "a"}))
+    with pytest.raises(CheckpointError, match=r"belongs to a run with other settings: train.learning_rate was 0.1, now 0.2"):
+        train(make_job(identity={"train.learning_rate": 0.2, "model.path": "a"}))
+
+
+def test_a_checkpoint_of_another_model_is_refused(make_job: MakeJob):
+    train(make_job())
+    job = make_job()
+    job.policy.model["more"] = nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match=r"other trained parameters: more.bias is in this run only"):
+        train(job)
+
+
+def test_a_folder_with_a_run_is_refused_without_resume(make_job: MakeJob):
+    train(make_job())
+    with pytest.raises(CheckpointError, match="holds a run already, and resume is off"):
+        train(make_job(resume=False))
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(make_job: MakeJob):
+    train(make_job(steps=4))
+    job = make_job(steps=6)
+    outcome = train(job)
+    assert outcome.resumed_from is not None
+    assert [line["step"] for line in lines(job)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_parameter_cut_off_from_the_loss_stops_the_run(make_job: MakeJob):
+    job = make_job()
+    job.policy.model["unused"] = nn.Linear(2, 2)
+    with pytest.raises(TrainingError, match=r"2 of 8 trained parameters got no gradient in update 1: unused.weight, unused.bias"):
+        train(job)
+
+
+def test_callbacks_can_end_a_run(make_job: MakeJob):
+    class Enough(Callback):
+        def on_step_end(self, state: State, result: StepResult) -> None:
+            if state.step == 3:
+                state.stop = "enough"
+
+    outcome = train(make_job(callbacks=[Enough()]))
+    assert (outcome.state.step, outcome.state.stop) == (3, "enough")
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [("3st", [3, 6]), ("0.5ep", [2, 3, 5, 6]), ("2ep", [6]), ("250tok", [3, 5]), ("0.1ep", [1, 2, 3, 4, 5, 6])],
+)
+def test_when_things_are_due(every: str, steps: list[int]):
+    size = {"steps_per_epoch": 3, "tokens_per_step": 100.0, "key": "save.every"}
+    assert [step for step in range(1, 7) if due(Duration.parse(every), step, **size)] == steps
+    assert not due(None, 3, **size)
+
+
+def test_a_stream_has_no_half_epochs():
+    with pytest.raises(ConfigError, match=r"'0\.5ep' never comes"):
+        due(Duration.parse("0.5ep"), 1, steps_per_epoch=None, tokens_per_step=10, key="save.every")
