@@ -1,0 +1,42 @@
+"""The documentation is run: every Python block of docs/python.md, in one folder, from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = re.compile(r"^```python(?: file=(?P<file>\S+))?\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def test_every_block_of_the_python_page_runs(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    rows = [{"prompt": f"the user asks {i}", "completion": f"the assistant answers {i}"} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.yaml").write_text(
+        "model: ./model\nadapter: {kind: lora, rank: 4}\ndata: {train: rows.jsonl, eval: 0.2, max_length: 64, cache: ./cache}\n"
+        "train: {batch_size: 4, precision: float32}\noutput: runs/first\n"
+    )
+    blocks = list(BLOCK.finditer((ROOT / "docs/python.md").read_text()))
+    assert len(blocks) >= 8
+    script = ""
+    for block in blocks:
+        if block["file"]:
+            (tmp_path / block["file"]).write_text(block["code"])
+        else:
+            script += block["code"] + "\n"
+    (tmp_path / "page.py").write_text(script)
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"first", "by-hand", "focal-file", "callback", "trainer"} <= {folder.name for folder in (tmp_path / "runs").iterdir()}
+    assert (tmp_path / "runs/by-hand/model/adapter_model.safetensors").exists()
+
+
+def test_the_readme_names_the_two_commands_and_stays_short() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert "make quickstart" in text and "make test" in text
+    assert len(text.splitlines()) <= 120
