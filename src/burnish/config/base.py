@@ -1,18 +1,27 @@
-"""The bricks of the run file: strict models, and durations that carry their unit."""
+"""The bricks of the run file: strict models, durations that carry their unit, and marks that say how a value may be written.
+
+A mark stands in a field's annotation, `Annotated[str, Location("model")]`. The loader, the JSON schema and the messages all read it
+there, so that what a key admits is said once.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
 from pydantic_core import core_schema
 
+from burnish.core import plugins
+from burnish.core.errors import did_you_mean
+
 Unit = Literal["ep", "st", "tok"]
-_DURATION = re.compile(r"^\s*(?P<value>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(?P<scale>[kKMBT]?)(?P<unit>ep|st|tok)\s*$")
 _SCALE = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+_DURATION = re.compile(r"^\s*(?P<value>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(?P<scale>[kKMBT]?)(?P<unit>ep|st|tok)\s*$")
+_AMOUNT = re.compile(r"^\s*(?P<value>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(?P<scale>[kKMBT]?)(?:tok)?\s*$")
 
 
 class Strict(BaseModel):
@@ -70,13 +79,145 @@ class Duration:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(str)
-        )
+        return core_schema.no_info_plain_validator_function(cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(str))
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {
-            "anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": _DURATION.pattern}],
-            "examples": ["2ep", "500st", "1.5Btok"],
-        }
+        return {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": _bare(_DURATION)}], "examples": ["2ep", "500st"]}
+
+
+def read_tokens(value: object) -> object:
+    """Turns `1.5B` and `1.5e9` into 1500000000; other values pass, for the field's own checks."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    match = _AMOUNT.match(value)
+    if match is None:
+        raise ValueError(f"expected a number of tokens like 250000000 or '1.5B', found {value!r}")
+    return round(float(match["value"]) * _SCALE[match["scale"]])
+
+
+def read_warmup(value: object) -> object:
+    """Tells the three ways of writing a warm-up apart: a share below 1, a number of steps, a duration.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if isinstance(value, str | Duration):
+        return Duration.parse(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"expected a share of the steps like 0.03, a number of steps, or a duration like '0.1ep', found {value!r}")
+    if value < 0 or (isinstance(value, float) and value >= 1):
+        raise ValueError(f"expected a share of the steps below 1, a number of steps, or a duration like '0.1ep', found {value}")
+    return value
+
+
+def _bare(pattern: re.Pattern[str]) -> str:
+    # JSON schema patterns are ECMA regular expressions, which have no named groups of this spelling.
+    return re.sub(r"\?P<\w+>", "", pattern.pattern)
+
+
+Tokens = Annotated[
+    int,
+    Field(ge=1),
+    BeforeValidator(read_tokens),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": _bare(_AMOUNT)}], "examples": ["1.5B"]}),
+]
+"""A number of tokens, which may be written with a scale: `1.5B`."""
+
+
+@dataclass(frozen=True, slots=True)
+class LongForm:
+    """Lets a section be given by its main key alone: `optimizer: lion` for `optimizer: {kind: lion}`."""
+
+    key: str
+
+    def expand(self, value: Any) -> Any:
+        """The long form of a value."""
+        return {self.key: value} if isinstance(value, str) else value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self.expand, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        section = handler(schema)
+        branches = section.get("oneOf", [section])
+        short = [handler.resolve_ref_schema(branch)["properties"][self.key] for branch in branches]
+        shown = [{key: value for key, value in field.items() if key not in ("default", "description")} for field in short]
+        return {"anyOf": [*shown, *branches]}
+
+
+@dataclass(frozen=True, slots=True)
+class OneOrMany:
+    """Lets a list of one item be given as the item."""
+
+    def expand(self, value: Any) -> Any:
+        """The list."""
+        return [value] if isinstance(value, str | Mapping | BaseModel) else value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self.expand, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        many = handler(schema)
+        item = many["items"]
+        return {"anyOf": [*item.get("anyOf", [item]), many]}
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Marks text that says where something is. Such a value may hold `${NAME}`, and is made absolute where it is a local path.
+
+    Attributes:
+        kind: What stands there: a `model`, an `adapter`, a `data` set, a chat `template`, or a `folder` that need not exist yet.
+    """
+
+    kind: Literal["model", "adapter", "data", "template", "folder"]
+
+
+@dataclass(frozen=True, slots=True)
+class FreeText:
+    """Marks text in which `${NAME}` means itself, such as a system prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Marks a name out of a table, or one's own `./file.py:Name`.
+
+    Attributes:
+        known: The built-in names.
+        group: The entry point group in which installed packages offer more.
+        listed: False where the built-in names belong to another branch of a union, and this one is for all others.
+    """
+
+    known: Callable[[], tuple[str, ...]]
+    group: str
+    listed: bool = True
+
+    def check(self, kind: str) -> str:
+        """Returns the kind.
+
+        Raises:
+            ValueError: nothing goes by that name.
+        """
+        known = self.known()
+        if plugins.is_reference(kind) or kind in known or kind in (found := plugins.installed(self.group)):
+            return kind
+        raise ValueError(f"unknown name '{kind}'; {did_you_mean(kind, [*known, *found])} (one of your own is './file.py:Name')")
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        if not self.listed:
+            return {"type": "string", "not": {"enum": list(self.known())}, "examples": ["./my_file.py:MyClass"]}
+        return {"anyOf": [{"type": "string", "enum": list(self.known())}, {"type": "string", "pattern": r"\.py:\w+$"}]}
+
+
+def _float_type(value: object) -> object:
+    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(value, value) if isinstance(value, str) else value
+
+
+FloatType = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_float_type)]
+"""A floating point type; the short names bf16, fp16 and fp32 are understood."""

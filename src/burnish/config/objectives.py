@@ -6,38 +6,31 @@ They stand here, not beside the losses, so that `burnish check` and the JSON sch
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
-from burnish.config.base import Strict
+from burnish.config.base import Kind, LongForm, Strict
 
 
 class SFT(Strict):
     """Supervised fine-tuning: cross-entropy on the trained tokens, averaged over tokens."""
 
     kind: Literal["sft"] = "sft"
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread evenly over the vocabulary."""
-    z_loss: float = Field(0.0, ge=0)
+    z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared log-sum-exp of the logits, which keeps them from drifting (PaLM used 1e-4)."""
-    neftune_alpha: float = Field(0.0, ge=0)
+    neftune_alpha: float = Field(default=0.0, ge=0)
     """Noise on the embeddings while training (NEFTune, 2310.05914); 5 to 15 in the paper, 0 is off."""
 
 
 class Plugin(Strict):
-    """An objective from a local file (`./my_loss.py:MyLoss`); further keys are given to its own Config."""
+    """An objective from a local file (`./my_loss.py:MyLoss`) or an installed package; further keys are given to its own Config."""
 
     model_config = ConfigDict(extra="allow")
-    kind: str
+    kind: Annotated[str, Kind(lambda: tuple(BUILT_IN), "objectives", listed=False)]
     """`./file.py:ClassName`, a file that you name on purpose."""
-
-    @field_validator("kind")
-    @classmethod
-    def _names_a_file(cls, kind: str) -> str:
-        if ".py:" not in kind:
-            raise ValueError(f"expected a built-in objective or './file.py:ClassName', found '{kind}'")
-        return kind
 
     @property
     def options(self) -> dict[str, Any]:
@@ -46,3 +39,16 @@ class Plugin(Strict):
 
 
 BUILT_IN: dict[str, type[Strict]] = {"sft": SFT}
+
+
+def tag_of(value: Any) -> str:
+    """Which member of the union a value is meant for: the built-in of its kind, else a plug-in."""
+    kind = value.get("kind", "sft") if isinstance(value, dict) else getattr(value, "kind", None)
+    return kind if isinstance(kind, str) and kind in BUILT_IN else "plugin"
+
+
+Objective = Annotated[
+    Annotated[SFT, Tag("sft")] | Annotated[Plugin, Tag("plugin")],
+    Discriminator(tag_of),
+    LongForm("kind"),
+]

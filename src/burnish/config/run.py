@@ -1,45 +1,238 @@
-"""The root of the run file, and the checks that look at several sections at once."""
+"""The root of the run file, and the checks that look at several keys at once."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field, PrivateAttr
 
-from burnish.config.base import Strict
-from burnish.config.objectives import BUILT_IN, SFT, Plugin
-from burnish.config.sections import Adapter, Data, Evaluation, Model, Parallel, Save, Train
+from burnish.config.base import Location, LongForm, Strict
+from burnish.config.objectives import SFT, Objective
+from burnish.config.sections import Adapter, Data, Evaluation, Model, Optimizer, Parallel, Save, Schedule, Source, Train
 
 Tracker = Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"]
 
-
-def _by_key(key: str) -> BeforeValidator:
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
-
-
-def _objective(value: Any) -> Any:
-    if isinstance(value, str):
-        value = {"kind": value}
-    if isinstance(value, dict):
-        kind = value.get("kind", "sft")
-        return BUILT_IN.get(kind, Plugin).model_validate({"kind": kind, **value})
-    return value
+EXCLUSIVE: dict[str, tuple[tuple[str, ...], ...]] = {"train": (("epochs", "steps", "tokens"), ("batch_size", "batch_tokens"))}
+"""Section -> groups of keys of which at most one may be given."""
 
 
 class RunConfig(Strict):
     """A run: one model, its data, one objective."""
 
-    model: Annotated[Model, _by_key("path")]
-    adapter: Annotated[Adapter, _by_key("kind")] | None = None
+    model: Annotated[Model, LongForm("path")]
+    adapter: Annotated[Adapter, LongForm("kind")] | None = None
     data: Data
-    objective: Annotated[SFT | Plugin, BeforeValidator(_objective)] = SFT()
+    objective: Objective = SFT()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     parallel: Parallel = Parallel()
     save: Save = Save()
-    track: list[Tracker] = ["csv"]
+    track: list[Tracker] = Field(default=["csv"])
     """Where metrics go besides metrics.jsonl."""
-    output: str = Field("runs/default", min_length=1)
+    output: Annotated[str, Location("folder")] = Field(default="runs/default", min_length=1)
     """The run folder."""
     resume: Literal["auto", "never"] = "auto"
     """Go on from the newest checkpoint in `output` where there is one, or refuse to touch a folder that holds a run."""
+
+    _written: dict[str, tuple[str, str]] = PrivateAttr(default_factory=dict[str, tuple[str, str]])
+    """Dotted key -> (text with `${NAME}` as written, value): so that no value of the environment reaches a saved file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A condition on several keys: called with a run, it returns what contradicts what as a sentence, or None.
+
+    Attributes:
+        keys: The keys it speaks of, the one to point at first.
+        condition: The function itself.
+    """
+
+    keys: tuple[str, ...]
+    condition: Callable[[RunConfig], str | None]
+
+    def __call__(self, run: RunConfig) -> str | None:
+        return self.condition(run)
+
+
+def _check(*keys: str) -> Callable[[Callable[[RunConfig], str | None]], Check]:
+    return lambda condition: Check(keys, condition)
+
+
+def _changed(section: Strict, *keys: str) -> list[str]:
+    """Those of the keys whose value is not the default."""
+    fields = type(section).model_fields
+    return [key for key in keys if getattr(section, key) != fields[key].default]
+
+
+@_check("train.epochs", "train.steps", "train.tokens")
+def one_length(run: RunConfig) -> str | None:
+    """The length of a run is given once."""
+    given = [key for key in ("epochs", "steps", "tokens") if getattr(run.train, key) is not None]
+    return f"{_and(given)} of train exclude each other; give one of them" if len(given) > 1 else None
+
+
+@_check("train.batch_tokens", "train.batch_size")
+def one_batch_size(run: RunConfig) -> str | None:
+    """The size of a step is given once."""
+    both = run.train.batch_size is not None and run.train.batch_tokens is not None
+    return "batch_size and batch_tokens of train exclude each other; give one of them" if both else None
+
+
+@_check("train.batch_tokens", "data.max_length")
+def longest_example_fits(run: RunConfig) -> str | None:
+    """An example of full length fits into a step."""
+    tokens = run.train.batch_tokens
+    if tokens is None or tokens >= run.data.max_length:
+        return None
+    return f"train.batch_tokens is {tokens}, which does not hold one example of data.max_length = {run.data.max_length} tokens"
+
+
+@_check("model.quantize", "adapter")
+def quantized_needs_adapter(run: RunConfig) -> str | None:
+    """Quantised weights cannot be trained."""
+    if run.model.quantize == "none" or run.adapter is not None:
+        return None
+    return f"model.quantize: {run.model.quantize} freezes the base weights, so it needs an adapter to train, e.g. adapter: lora"
+
+
+@_check("adapter.init", "model.quantize")
+def init_needs_full_weights(run: RunConfig) -> str | None:
+    """PiSSA decomposes the base weights themselves."""
+    if run.adapter is None or run.adapter.init != "pissa" or run.model.quantize == "none":
+        return None
+    return f"adapter.init: pissa decomposes the base weights, which model.quantize: {run.model.quantize} does not keep"
+
+
+@_check("adapter.path", "adapter")
+def saved_adapter_keeps_its_shape(run: RunConfig) -> str | None:
+    """A saved adapter brings its own rank, alpha and targets."""
+    if run.adapter is None or run.adapter.path is None:
+        return None
+    extra = _changed(run.adapter, "rank", "alpha", "targets", "save_modules", "rslora", "dora", "init")
+    return f"adapter.path goes on from a saved adapter, which brings its own {_and(extra)}; leave {_them(extra)} out" if extra else None
+
+
+@_check("train.lora_plus_ratio", "adapter")
+def lora_plus_needs_adapter(run: RunConfig) -> str | None:
+    """LoRA+ is about the adapter's two matrices."""
+    missing = run.train.lora_plus_ratio is not None and run.adapter is None
+    return "train.lora_plus_ratio sets the rate of an adapter's matrices, but there is no adapter" if missing else None
+
+
+@_check("data.streaming", "train.steps", "train.tokens")
+def stream_needs_length(run: RunConfig) -> str | None:
+    """Nobody knows how long an epoch of a stream is."""
+    if not run.data.streaming or run.train.steps or run.train.tokens:
+        return None
+    return "data.streaming does not know how long an epoch is; give train.steps or train.tokens instead of epochs"
+
+
+@_check("data.eval", "data.streaming")
+def stream_cannot_be_split(run: RunConfig) -> str | None:
+    """A share of a stream cannot be held out."""
+    share = run.data.streaming and isinstance(run.data.eval, float)
+    return f"data.eval: {run.data.eval} is a share of rows that data.streaming cannot count; name a data set for it" if share else None
+
+
+@_check("data.train", "data.eval")
+def sample_needs_limit(run: RunConfig) -> str | None:
+    """A sample has a size."""
+    lost = [source.path for source in sources(run.data) if source.sample and source.limit is None]
+    return f"sample: true of '{lost[0]}' needs limit, the number of rows to take" if lost else None
+
+
+@_check("evaluation.patience", "data.eval", "evaluation.every")
+def patience_needs_evaluation(run: RunConfig) -> str | None:
+    """Early stopping looks at the eval loss."""
+    if run.evaluation.patience is None:
+        return None
+    if run.data.eval is None:
+        return "evaluation.patience stops early by the eval loss, so it needs data.eval"
+    return None if run.evaluation.every else "evaluation.patience counts evaluations, but evaluation.every: null makes none"
+
+
+@_check("train.optimizer", "train.optimizer.betas", "train.optimizer.eps", "train.optimizer.momentum")
+def optimizer_uses_its_keys(run: RunConfig) -> str | None:
+    """No key of the optimiser is ignored in silence."""
+    optimizer = run.train.optimizer
+    ignored = [key for key in _changed(optimizer, "betas", "eps", "momentum") if key not in _used_by(optimizer)]
+    return f"the optimizer {optimizer.kind} has no {_and(ignored)}; leave {_them(ignored)} out" if ignored else None
+
+
+@_check("train.schedule", "train.schedule.decay", "train.schedule.power", "train.schedule.floor")
+def schedule_uses_its_keys(run: RunConfig) -> str | None:
+    """No key of the schedule is ignored in silence."""
+    schedule = run.train.schedule
+    ignored = [key for key in _changed(schedule, "decay", "power", "floor") if key in _unused_by(schedule)]
+    return f"the schedule {schedule.kind} has no {_and(ignored)}; leave {_them(ignored)} out" if ignored else None
+
+
+@_check("train.rates")
+def rates_say_something(run: RunConfig) -> str | None:
+    """A group of rates sets at least one."""
+    empty = [group.match for group in run.train.rates if group.learning_rate is None and group.weight_decay is None]
+    return f"the group '{empty[0]}' of train.rates sets neither learning_rate nor weight_decay" if empty else None
+
+
+@_check("output", "model.path", "data.train", "data.eval")
+def output_is_its_own(run: RunConfig) -> str | None:
+    """A run does not write over what it reads."""
+    inputs = {run.model.path: "the model", **{source.path: "a data set" for source in sources(run.data)}}
+    if run.adapter is not None and run.adapter.path is not None:
+        inputs[run.adapter.path] = "the adapter to start from"
+    return f"output is also {inputs[run.output]}; a run needs a folder of its own" if run.output in inputs else None
+
+
+CHECKS = (
+    one_length,
+    one_batch_size,
+    longest_example_fits,
+    quantized_needs_adapter,
+    init_needs_full_weights,
+    saved_adapter_keeps_its_shape,
+    lora_plus_needs_adapter,
+    stream_needs_length,
+    stream_cannot_be_split,
+    sample_needs_limit,
+    patience_needs_evaluation,
+    optimizer_uses_its_keys,
+    schedule_uses_its_keys,
+    rates_say_something,
+    output_is_its_own,
+)
+"""All checks, in the order in which they are reported."""
+
+
+def sources(data: Data) -> list[Source]:
+    """All sources of a run, for training and for evaluation."""
+    return [*data.train, *(data.eval if isinstance(data.eval, list) else [])]
+
+
+def _used_by(optimizer: Optimizer) -> tuple[str, ...]:
+    match optimizer.kind:
+        case "sgd":
+            return ("momentum",)
+        case "lion":
+            return ("betas",)
+        case "muon":
+            return ("betas", "eps", "momentum")
+        case "adafactor":
+            return ()
+        case _:
+            return ("betas", "eps")
+
+
+def _unused_by(schedule: Schedule) -> tuple[str, ...]:
+    own = {"wsd": "decay", "polynomial": "power"}.get(schedule.kind)
+    flat = ("floor",) if schedule.kind == "constant" else ()
+    return (*(key for key in ("decay", "power") if key != own), *flat)
+
+
+def _and(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _them(words: list[str]) -> str:
+    return "it" if len(words) == 1 else "them"

