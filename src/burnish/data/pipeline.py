@@ -281,5 +281,6 @@ def _block(examples: list[tuple[int, Example]]) -> ExampleBlock:
     )
 
 
-def _joined(parts: Sequence[npt.NDArray[Any]], dtype: type) -> npt.NDArray[Any]:
-    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
+def _joined(parts: Sequence[npt.NDArray[Any]], dtype: type[np.generic]) -> npt.NDArray[Any]:
+    empty: npt.NDArray[Any] = np.zeros(0, dtype)
+    return np.concatenate([empty, *parts]).astype(dtype, copy=False)

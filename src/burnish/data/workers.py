@@ -1,6 +1,6 @@
 """Processes that prepare chunks of rows.
 
-A worker is a fresh Python that is started with `-m burnish.data.workers` and spoken to through pipes. Why so, and not by `multiprocessing`:
+A worker is a fresh Python process that runs `main` of this module and is spoken to through pipes. Why so, and not by `multiprocessing`:
 
 - fork would copy a process whose threads (of the tokenizer, Arrow, torch) hold locks that nobody in the child will ever release;
 - spawn and forkserver import the user's main script again, so `burnish.train(...)` in a script without an `if __name__ == "__main__"`
@@ -27,6 +27,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
@@ -38,6 +39,8 @@ from burnish.data.pipeline import CHUNK_ROWS, Chunk, Pipeline, Task
 _PLACE = struct.Struct("<q")
 _SMALL = 8 * CHUNK_ROWS  # so many rows are prepared sooner than a worker starts (a second or two of imports)
 _MOST = 32
+# Not `-m`: classes of this module would then belong to `__main__` and could not be sent back.
+_START = f"from {__name__} import main; main()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +116,10 @@ class Workers:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Ends them; at once when something went wrong, for they hold nothing that could be lost."""
         for worker in self._all:
-            worker.stop(kill=kind is not None)
+            worker.end(kill=kind is not None)
         self._threads.shutdown(cancel_futures=True)
+        for worker in self._all:
+            worker.clear()
 
 
 class _Worker:
@@ -125,9 +130,7 @@ class _Worker:
         descriptor, self._beat_file = tempfile.mkstemp(prefix="burnish-worker-")
         os.write(descriptor, _PLACE.pack(-1))
         os.close(descriptor)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "burnish.data.workers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment()
-        )
+        self._process = subprocess.Popen([sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment())
         self._hello: bytes | None = pickle.dumps((pipeline, self._beat_file))
 
     def run(self, chunk: list[Task]) -> Chunk:
@@ -150,19 +153,25 @@ class _Worker:
             raise answer.error if answer.error is not None else RuntimeError(f"a tokenising worker failed:\n{answer.text}")
         return answer
 
-    def stop(self, *, kill: bool) -> None:
-        """Ends the process."""
+    def end(self, *, kill: bool) -> None:
+        """Ends the process: by the end of its input, or at once."""
         if kill:
             self._process.kill()
-        for stream in (self._process.stdin, self._process.stdout):
-            try:
-                if stream is not None and not kill:
-                    stream.close()
-            except OSError:
-                pass  # it has died; that was reported by whoever noticed first
+        else:
+            self._close(self._process.stdin)
         self._process.wait()
-        if os.path.exists(self._beat_file):
-            os.unlink(self._beat_file)
+
+    def clear(self) -> None:
+        """Gives back what the process used; no thread may speak with it any more."""
+        self._close(self._process.stdin)
+        self._close(self._process.stdout)
+        os.unlink(self._beat_file)
+
+    @staticmethod
+    def _close(stream: IO[bytes] | None) -> None:
+        with suppress(OSError):  # the process died with something unread in its pipe, which was reported already
+            if stream is not None:
+                stream.close()
 
     def _death(self, chunk: list[Task]) -> DataError:
         code = self._process.wait()
@@ -217,7 +226,3 @@ def _answer(pipeline: Pipeline, chunk: list[Task], beat: mmap.mmap) -> Chunk | F
         return Failure(error, "")
     except Exception:
         return Failure(None, traceback.format_exc())
-
-
-if __name__ == "__main__":
-    main()

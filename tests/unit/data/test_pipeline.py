@@ -1,49 +1,16 @@
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
-from burnish.core.errors import DataError, RowError, TemplateError, Where
+from burnish.core.errors import DataError, RowError, TemplateError
 from burnish.data.pipeline import CHUNK_CHARACTERS, CHUNK_ROWS, Fate, Pipeline, Task, chunks, identity, is_blank
 from burnish.data.sources.row import Row
-from burnish.data.types import Completion, Conversation, Example, Item, Message, Text, Tokens
+from burnish.data.types import Completion, Conversation, Item, Message, Text, Tokens
 
-
-@dataclass(frozen=True)
-class Words:
-    """A format: `text`, or `prompt` and `completion`."""
-
-    name: str = "words"
-
-    def convert(self, row: Row) -> Item | None:
-        if "text" in row.fields:
-            return Text(row.fields["text"])
-        if "prompt" not in row.fields:
-            raise RowError("the field 'prompt' is missing", where=row.where("prompt"))
-        return Completion(row.fields["prompt"], row.fields["completion"])
-
-
-@dataclass(frozen=True)
-class Letters:
-    """A renderer: a token for each letter, the completion's trained."""
-
-    def render(self, item: Item, *, where: Where | None = None, notes: Counter[str] | None = None) -> Example:
-        prompt, completion = ("", item.text) if isinstance(item, Text) else (item.prompt, item.completion)  # type: ignore[union-attr]
-        if "boom" in completion:
-            raise TemplateError("the template is broken")
-        if "bug" in completion:
-            raise ZeroDivisionError("a bug")
-        if notes is not None and "note" in completion:
-            notes["noted"] += 1
-        ids = np.array([ord(letter) for letter in prompt + completion], np.int32)
-        return Example(ids, np.array([0.0] * len(prompt) + [1.0] * len(completion), np.float32))
-
-    def fingerprint(self) -> str:
-        return "letters"
+from .fakes import Letters, Words
 
 
 def tasks(*fields: dict[str, Any]) -> list[Task]:
