@@ -15,7 +15,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import jinja2.ext
@@ -25,8 +25,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from burnish.core.errors import RowError, TemplateError
-from burnish.data.traced import Origin, Traced, concat, join, mark, origins, single_origin, trace
-from burnish.data.types import Message
+from burnish.data.traced import Origin, Traced, concat, join, mark, single_origin, trace
+from burnish.data.types import Message, ToolCall
 
 TURN = "turn"
 """Field of the marks that stand where the template takes up a message."""
@@ -37,22 +37,24 @@ OUTSIDE = -1
 _ENTER, _TURN, _ASSIGNED, _LEAVE, _CONCAT = "_burnish_enter", "_burnish_turn", "_burnish_assigned", "_burnish_leave", "_burnish_concat"
 
 
-def as_chat(message: Message) -> dict[str, Any]:
+def as_chat(message: Message, *, arguments_as_text: bool = False) -> dict[str, Any]:
     """A message as `apply_chat_template` takes it; fields that are not there are left out."""
     chat: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.reasoning is not None:
         chat["reasoning_content"] = message.reasoning
     if message.tool_calls:
-        chat["tool_calls"] = [
-            {**({"id": call.id} if call.id is not None else {}), "type": "function"}
-            | {"function": {"name": call.name, "arguments": dict(call.arguments)}}
-            for call in message.tool_calls
-        ]
+        chat["tool_calls"] = [_as_call(call, arguments_as_text) for call in message.tool_calls]
     if message.tool_call_id is not None:
         chat["tool_call_id"] = message.tool_call_id
     if message.name is not None:
         chat["name"] = message.name
     return chat
+
+
+def _as_call(call: ToolCall, arguments_as_text: bool) -> dict[str, Any]:
+    arguments = json.dumps(call.arguments, ensure_ascii=False) if arguments_as_text else dict(call.arguments)
+    identity = {"id": call.id} if call.id is not None else {}
+    return {**identity, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 class ChatTemplate:
@@ -78,6 +80,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"the chat template has a syntax error in line {error.lineno}: {error.message}") from None
         self.uses_date = "strftime_now" in names
+        self._arguments_as_text = False
         self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
 
     def render(
@@ -88,11 +91,29 @@ class ChatTemplate:
         Raises:
             RowError: The template refuses the conversation (`raise_exception`) or fails on it; its message is passed on.
         """
+        try:
+            return self._run(messages, tools, add_generation_prompt)
+        except jinja2.TemplateError as error:
+            raise RowError(f"the chat template refuses this conversation: {error}") from None
+        except TypeError as error:
+            # Some templates (DeepSeek) put a call's arguments into the text as they are, so they need them as JSON text.
+            if self._arguments_as_text or not any(message.tool_calls for message in messages):
+                raise RowError(f"the chat template fails on this conversation: {error}") from None
+            self._arguments_as_text = True
+            try:
+                return self.render(messages, tools, add_generation_prompt=add_generation_prompt)
+            except RowError:
+                self._arguments_as_text = False
+                raise
+        except (ValueError, AttributeError, ArithmeticError, LookupError, RecursionError) as error:
+            raise RowError(f"the chat template fails on this conversation: {error}") from None
+
+    def _run(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> Traced:
         turns = _Turns()
         context = self._template.new_context(
             {
                 **self._variables,
-                "messages": [_traced_message(number, message) for number, message in enumerate(messages)],
+                "messages": [_traced_message(number, message, self._arguments_as_text) for number, message in enumerate(messages)],
                 "tools": trace(list(tools), Origin(OUTSIDE, TOOLS)) if tools else None,
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
@@ -103,29 +124,21 @@ class ChatTemplate:
                 _CONCAT: _concat,
             }
         )
-        try:
-            text = concat(self._template.root_render_func(context))
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError) as error:
-            raise RowError(f"the chat template refuses this conversation: {error}") from None
+        text = concat(self._template.root_render_func(context))
         return text if isinstance(text, Traced) else Traced(text)
 
 
-def _traced_message(number: int, message: Message) -> dict[str, Any]:
-    chat = as_chat(message)
+def _traced_message(number: int, message: Message, arguments_as_text: bool) -> dict[str, Any]:
+    chat = as_chat(message, arguments_as_text=arguments_as_text)
     traced = {field: trace(value, Origin(number, field)) for field, value in chat.items() if field != "tool_calls"}
     if "reasoning_content" in traced:  # gpt-oss reads `thinking`; transformers offers both names, in this order
         traced = {"thinking": traced["reasoning_content"], **traced}
-    if "tool_calls" in chat:
-        origin = Origin(number, "tool_calls")
+    origin = Origin(number, "tool_calls")
+    if message.tool_calls:  # the values alone: a template looks the keys up
         traced["tool_calls"] = [
-            {key: _traced_call(value, origin) if key == "function" else trace(value, origin) for key, value in call.items()}
-            for call in chat["tool_calls"]
+            call | {"function": {key: trace(value, origin) for key, value in call["function"].items()}} for call in chat["tool_calls"]
         ]
     return traced
-
-
-def _traced_call(function: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
-    return {key: trace(value, origin) for key, value in function.items()}
 
 
 class _Turns:
@@ -170,7 +183,8 @@ def _message_number(value: Any) -> int | None:
     """Which message a value is, if it is one (or a rewritten copy of one)."""
     if not isinstance(value, Mapping) or "role" not in value:
         return None
-    origin = single_origin(value["role"]) or single_origin(value.get("content"))
+    message = cast("Mapping[str, Any]", value)
+    origin = single_origin(message["role"]) or single_origin(message.get("content"))
     return origin.message if origin and origin.message != OUTSIDE else None
 
 
@@ -182,11 +196,15 @@ class _Instrument(NodeTransformer):
 
     def _call(self, name: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
         call = nodes.Call(nodes.Name(name, "load"), arguments, [], None, None)
-        return call.set_lineno(line, override=True).set_environment(self._environment)
+        call.set_lineno(line, override=True)
+        call.set_environment(self._environment)
+        return call
 
     def _emit(self, name: str, variables: Iterable[str], line: int) -> nodes.Output:
         arguments: list[nodes.Expr] = [nodes.Name(variable, "load") for variable in variables]
-        return nodes.Output([self._call(name, arguments, line)]).set_lineno(line)
+        output = nodes.Output([self._call(name, arguments, line)])
+        output.set_lineno(line)
+        return output
 
     def visit_For(self, node: nodes.For) -> list[nodes.Node]:
         self.generic_visit(node)
@@ -227,10 +245,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self, today: datetime.date) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
-        self.filters["tojson"] = _tojson
-        self.filters["join"] = _keep_join(self.filters["join"])
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = _strftime(today)
+        filters = cast("dict[str, Any]", self.filters)
+        filters |= {"tojson": _tojson, "join": _keep_join(filters["join"])}
+        names = cast("dict[str, Any]", self.globals)
+        names |= {"raise_exception": _raise_exception, "strftime_now": _strftime(today)}
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         if getattr(obj, "__name__", None) == "join" and type(getattr(obj, "__self__", None)) is str:
@@ -251,9 +269,7 @@ def _strftime(today: datetime.date) -> Callable[[str], str]:
     return strftime_now
 
 
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     origin = single_origin(value)
     return trace(text, origin) if origin else text

@@ -1,4 +1,4 @@
-"""From one item to token ids and training weights.
+r"""From one item to token ids and training weights.
 
 A conversation is rendered by one pass of the model's own chat template and tokenised once, so its ids are what
 `tokenizer.apply_chat_template` gives. `turns.py` says which characters are trained, the tokenizer's offsets say which tokens those are.
@@ -6,7 +6,7 @@ A conversation is rendered by one pass of the model's own chat template and toke
 Which tokens are trained, exactly:
 
 - A token is trained when it holds at least one trained character. Only ordinary tokens can lie across a boundary, and only where a
-  turn's text begins with what merges with the header: `assistant\\n` + `\\nHi` has the one token `\\n\\n`. It is trained, for otherwise
+  turn's text begins with what merges with the header: `assistant\n` + `\nHi` has the one token `\n\n`. It is trained, for otherwise
   a character that the model has to write would be taught nowhere.
 - An added token (`<|assistant|>` in Phi-3) that swallows the white space after it belongs to where it begins.
 - Weights stand beside ids from the start. No token is ever trained or masked because of its id, so a pad token that is also the end
@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -141,10 +141,10 @@ class Renderer:
         if wanted:
             layout = lay_out(rendered)
             for number, weight in wanted.items():
-                region = chat.shape.region(layout, messages, number)
-                if region is not None:
-                    weights[self._tokens_in(encoded, *region)] = weight
-                elif weight and messages[number].role == "assistant":
+                regions = chat.shape.regions(layout, messages, number)
+                for start, end in regions:
+                    weights[self._tokens_in(encoded, start, end)] = weight
+                if not regions and weight and messages[number].role == "assistant":
                     raise RowError(f"the chat template leaves out message {number + 1}, which is to be trained")
         return Example(encoded.ids, weights)
 
@@ -218,13 +218,13 @@ class Renderer:
     def end_of_turn(self) -> list[int]:
         """Ids of the tokens that end an assistant's turn, the usual one first."""
         texts = self._chat(()).shape.ends
-        return [self.tokenizer.convert_tokens_to_ids(text) for text in texts]
+        return cast("list[int]", self.tokenizer.convert_tokens_to_ids(list(texts)))
 
     @property
     def stop_ids(self) -> list[int]:
         """Ids at which generation stops: the ends of a turn, and the end of a text."""
         ends = self.end_of_turn if self._sources else []
-        eos = self.tokenizer.eos_token_id
+        eos = cast("int | None", self.tokenizer.eos_token_id)
         return list(dict.fromkeys([*ends, *([eos] if eos is not None else [])]))
 
     def _chat(self, tools: Sequence[Any]) -> _Chat:
@@ -325,11 +325,11 @@ class _Chat:
 
 def _template_sources(tokenizer: PreTrainedTokenizerFast, chosen: str | None) -> dict[str, str]:
     """The Jinja texts: `default`, and `tool_use` where the tokenizer has one of its own for rows with tools."""
-    own = tokenizer.chat_template if chosen is None else chosen
+    own = cast("str | Mapping[str, str] | None", tokenizer.chat_template) if chosen is None else chosen  # pyright: ignore[reportUnknownMemberType]
     if not own:
         return {}
-    if isinstance(own, dict):
-        return dict(own) if "default" in own else {"default": next(iter(own.values())), **own}
+    if isinstance(own, Mapping):
+        return {"default": next(iter(own.values())), **own}
     return {"default": own if "{{" in own or "{%" in own else templates.resolve(own)}
 
 

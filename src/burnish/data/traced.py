@@ -8,10 +8,11 @@ only carry the spans along, so the output of the template is character for chara
 An operation that is not followed (rare: `str.format`, `%`, `Markup`) gives a plain `str`: the spans are lost, never wrong.
 """
 
+# ruff: noqa: D102 (the methods are those of `str`)
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex, cast
 
 
 class Origin(NamedTuple):
@@ -43,9 +44,6 @@ class Traced(str):
 
     def __str__(self) -> str:
         return self
-
-    def __getnewargs__(self) -> tuple[str, tuple[Span, ...]]:
-        return str.__str__(self), self._spans
 
     # -- cutting ----------------------------------------------------------------------------------------------------------------
 
@@ -128,10 +126,10 @@ class Traced(str):
     # -- joining ----------------------------------------------------------------------------------------------------------------
 
     def __add__(self, other: str, /) -> str:
-        return concat((self, other)) if isinstance(other, str) else NotImplemented
+        return concat((self, other)) if isinstance(other, str) else NotImplemented  # pyright: ignore[reportUnnecessaryIsInstance]
 
     def __radd__(self, other: str, /) -> str:
-        return concat((other, self)) if isinstance(other, str) else NotImplemented
+        return concat((other, self)) if isinstance(other, str) else NotImplemented  # pyright: ignore[reportUnnecessaryIsInstance]
 
     def join(self, parts: Iterable[str], /) -> str:
         return join(self, parts)
@@ -174,7 +172,7 @@ class Traced(str):
 
 def spans_of(text: str) -> tuple[Span, ...]:
     """The spans of a text; none for a plain `str`."""
-    return text._spans if isinstance(text, Traced) else ()
+    return text._spans if isinstance(text, Traced) else ()  # pyright: ignore[reportPrivateUsage]
 
 
 def concat(parts: Iterable[str]) -> str:
@@ -183,8 +181,7 @@ def concat(parts: Iterable[str]) -> str:
     spans: list[Span] = []
     at = 0
     for text in texts:
-        if isinstance(text, Traced):
-            spans += [Span(start + at, end + at, origin) for start, end, origin in text._spans]
+        spans += [Span(start + at, end + at, origin) for start, end, origin in spans_of(text)]
         at += len(text)
     joined = "".join(texts)
     return Traced(joined, spans) if spans else joined
@@ -202,9 +199,10 @@ def trace(value: Any, origin: Origin) -> Any:
     if isinstance(value, str):
         return Traced(value, (Span(0, len(value), origin),))
     if isinstance(value, Mapping):
-        return {trace(key, origin): trace(item, origin) for key, item in value.items()}
-    if isinstance(value, Sequence):
-        return [trace(item, origin) for item in value]
+        pairs = cast("Mapping[Any, Any]", value)
+        return {trace(key, origin): trace(item, origin) for key, item in pairs.items()}
+    if isinstance(value, list | tuple):
+        return [trace(item, origin) for item in cast("Sequence[Any]", value)]
     return value
 
 
@@ -215,15 +213,14 @@ def mark(origin: Origin) -> Traced:
 
 def origins(value: Any) -> Iterator[Origin]:
     """The origins of all strings in a JSON-like value."""
-    if isinstance(value, Traced):
-        for span in value._spans:
+    if isinstance(value, str):
+        for span in spans_of(value):
             yield span.origin
     elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from origins(key)
-            yield from origins(item)
+        for pair in cast("Mapping[Any, Any]", value).items():
+            yield from origins(pair)
     elif isinstance(value, list | tuple):
-        for item in value:
+        for item in cast("Sequence[Any]", value):
             yield from origins(item)
 
 

@@ -1,10 +1,10 @@
-"""Which characters of a rendered conversation are a message's own, and so may be trained.
+r"""Which characters of a rendered conversation are a message's own, and so may be trained.
 
 What the model has to write in a conversation is everything between the generation prompt and the end of its turn: its reasoning, its
 words, its tool calls with all that the template puts around them, and the token that ends the turn. The generation prompt itself
-(`<|im_start|>assistant\\n`) is written by whoever asks, and the newline after the end token by nobody.
+(`<|im_start|>assistant\n`) is written by whoever asks, and the newline after the end token by nobody.
 
-    <|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\nHi.<|im_end|>\\n
+    <|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>\n
     └───────── segment of message 0 ──┘└──── segment of message 1 ──────────┘
                                        └──── header ──────────┘└─ trained ─┘
 
@@ -17,10 +17,9 @@ boundary. All of it is linear in the conversation.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from os.path import commonprefix
+from itertools import takewhile
 
 from burnish.core.errors import RowError, TemplateError
 from burnish.data.chat_template import OUTSIDE, TURN, ChatTemplate
@@ -67,26 +66,30 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A rendered conversation and the turns in it, by message number. A message that left no trace is not there."""
+    """A rendered conversation and the turns in it, by message number. A message that left no trace is not there.
+
+    A message has one turn, or several where the template puts others in between (Gemma 4 writes a tool's answer into the calling turn).
+    """
 
     text: str
-    turns: dict[int, Turn]
+    turns: dict[int, list[Turn]]
 
 
 def lay_out(rendered: Traced) -> Layout:
-    """Finds the turn of every message.
-
-    Raises:
-        TemplateError: The text of two messages is interleaved, so that their turns cannot be told apart.
-    """
+    """Finds the turns of every message: the segments that hold its own text, else the last one that was opened for it."""
     segments = _segments(rendered)
-    by_message: defaultdict[int, list[tuple[int, Turn]]] = defaultdict(list)
-    for index, (message, segment) in enumerate(segments):
-        by_message[message].append((index, segment))
-    turns = {message: _hull(message, found, segments) for message, found in by_message.items() if message != OUTSIDE}
+    opened: dict[int, list[Turn]] = {}
+    for message, turn in segments:
+        if message != OUTSIDE:
+            opened.setdefault(message, []).append(turn)
+    turns: dict[int, list[Turn]] = {}
+    for message, found in opened.items():
+        speaking = [turn for turn in found if turn.first is not None]
+        loud = [turn for turn in speaking if turn.start < turn.end]
+        turns[message] = loud or speaking or found[-1:]
     for message, stray in _strays(rendered, segments).items():
-        if message not in turns or turns[message].first is None:
-            turns[message] = stray
+        if message not in turns or turns[message][0].first is None:
+            turns[message] = [stray]
     return Layout(str.__str__(rendered), turns)
 
 
@@ -107,7 +110,7 @@ def _segments(rendered: Traced) -> list[tuple[int, Turn]]:
         else:
             segments.append((current, turn))
 
-    for start, end, origin in rendered._spans:  # pyright: ignore[reportPrivateUsage]
+    for start, end, origin in spans_of(rendered):
         if origin.field == TURN:
             close(start)
             current, turn = origin.message, Turn(start, start, start)
@@ -119,19 +122,6 @@ def _segments(rendered: Traced) -> list[tuple[int, Turn]]:
         if message != OUTSIDE and following == OUTSIDE and after is not None:
             segment.reach = after.end  # text after the loop, where some templates put the last end token
     return segments
-
-
-def _hull(message: int, found: list[tuple[int, Turn]], segments: list[tuple[int, Turn]]) -> Turn:
-    """One turn out of a message's segments: those that hold its own text, else the last one."""
-    speaking = [(index, turn) for index, turn in found if turn.first is not None]
-    if len(speaking) <= 1:
-        return (speaking or found)[-1][1]
-    (low, first), (high, last) = speaking[0], speaking[-1]
-    if any(turn.first is not None for other, turn in segments[low:high] if other != message):
-        raise TemplateError(
-            f"the chat template interleaves message {message + 1} with others, so its tokens cannot be told from theirs"
-        )
-    return Turn(first.start, last.end, last.reach, first.first, last.last)
 
 
 def _strays(rendered: Traced, segments: list[tuple[int, Turn]]) -> dict[int, Turn]:
@@ -168,7 +158,7 @@ class TurnShape:
     special: Sequence[str]
     added: Sequence[str]
     ends: tuple[str, ...] = ()
-    _headers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _headers: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     def __post_init__(self) -> None:
         self._special_token = _any_of(self.special)
@@ -179,36 +169,32 @@ class TurnShape:
         self._headers["user"] = self._learn_headers(talk, range(1, length, 2), _TALK[:1])
         self.ends = self._learn_ends(talk, range(1, length, 2))
 
-    def region(self, layout: Layout, messages: Sequence[Message], number: int) -> tuple[int, int] | None:
-        """The characters of message `number` that are trained if it is; None where the template left the message out.
+    def regions(self, layout: Layout, messages: Sequence[Message], number: int) -> list[tuple[int, int]]:
+        """The characters of message `number` that are trained if it is; none where the template left the message out.
 
         For the assistant: all it has to write, end token included. For others: what they say, and the end token if they have the same one.
 
         Raises:
             TemplateError: No end token follows an assistant's message.
         """
-        turn = layout.turns.get(number)
-        if turn is None or (turn.first is None and turn.start == turn.end):
-            return None
+        turns = [turn for turn in layout.turns.get(number, ()) if turn.first is not None or turn.start < turn.end]
         if messages[number].role != "assistant":
-            return self._other_region(layout.text, turn)
-        start = self._skip_header(layout.text, turn, messages[number - 1].role if number else "user")
-        end = self._find_end(layout.text, turn)
-        if end is None:
-            follower = messages[number + 1].role if number + 1 < len(messages) else None
-            if follower != "assistant":  # a template may join what the assistant says twice in a row
-                raise TemplateError(
-                    f"the chat template puts no end-of-turn token after message {number + 1}, so a model could not learn to stop there",
-                    hint="Choose another template with model.chat_template.",
-                )
-            end = turn.last if turn.last is not None else turn.end
-        return start, end
+            return [self._other_region(layout.text, turn) for turn in turns if turn.first is not None]
+        found: list[tuple[int, int]] = []
+        for turn in turns:
+            start = turn.start if found else self._skip_header(layout.text, turn, messages[number - 1].role if number else "user")
+            end = self._find_end(layout.text, turn)
+            if end is None:
+                if turn is turns[-1]:
+                    _check_goes_on(messages, number)
+                end = turn.end if turn.last is None else turn.last
+            found.append((start, end))
+        return found
 
-    def _other_region(self, text: str, turn: Turn) -> tuple[int, int] | None:
-        if turn.first is None or turn.last is None:
-            return None
-        ends = [at + len(end) for end in self.ends if (at := text.find(end, turn.last, turn.reach)) >= 0]
-        return turn.first, min(ends, default=turn.last)
+    def _other_region(self, text: str, turn: Turn) -> tuple[int, int]:
+        first, last = turn.first or 0, turn.last or 0
+        ends = [at + len(end) for end in self.ends if (at := text.find(end, last, turn.reach)) >= 0]
+        return first, min(ends, default=last)
 
     def _skip_header(self, text: str, turn: Turn, before: str) -> int:
         limit = turn.end if turn.first is None else turn.first
@@ -245,43 +231,61 @@ class TurnShape:
     def _learn_headers(self, talk: Layout, answers: Sequence[int], question: Sequence[Message]) -> tuple[str, ...]:
         """Compares what leads up to an answer with what the template writes to ask for one."""
         asked = lay_out(self.template.render(question, _TOOLS if len(question) > 1 else (), add_generation_prompt=True))
-        asker = asked.turns.get(len(question) - 1)
-        prompt = asked.text[asker.last :] if asker and asker.last is not None else ""
+        asker = _only(asked, len(question) - 1)
+        prompt = asked.text[asker.last :] if asker else ""
         headers: set[str] = set()
         for answer in answers:
-            before, turn = talk.turns.get(answer - 1), talk.turns.get(answer)
-            if turn is None or turn.first is None:
+            before, turn = _only(talk, answer - 1), _only(talk, answer)
+            if turn is None:
                 continue
-            closing = talk.text[before.last : turn.start] if before and before.last is not None else ""
+            closing = talk.text[before.last : turn.start] if before else ""
             headers |= _headers_in(talk.text[turn.start : turn.first], prompt, closing)
         return tuple(sorted(headers, key=len, reverse=True))
 
     def _learn_ends(self, talk: Layout, answers: Sequence[int]) -> tuple[str, ...]:
+        turns = [turn for answer in answers if (turn := _only(talk, answer))]
+        if not turns:
+            raise TemplateError(
+                "the chat template leaves out what the assistant says in a plain conversation",
+                hint="A template for images may want its content in parts; choose another with model.chat_template.",
+            )
         for tokens in (self.special, self.added):
             pattern = _any_of(tokens)
             ends: list[str] = []
-            for answer in answers:
-                turn = talk.turns.get(answer)
-                if turn is None or turn.last is None:
+            for turn in turns:
+                tail = talk.text[turn.last : turn.reach]
+                if any(end in tail for end in ends):
                     continue
-                if any(talk.text.find(end, turn.last, turn.reach) >= 0 for end in ends):
-                    continue
-                for limit in (turn.end, turn.reach):
-                    found = [match.group() for match in pattern.finditer(talk.text, turn.last, limit)]
-                    if found:
-                        ends.append(found[-1] if limit == turn.end else found[0])
-                        break
+                inside = pattern.findall(talk.text, turn.last or 0, turn.end)
+                ends += inside[-1:] or pattern.findall(talk.text, turn.end, turn.reach)[:1]
             if ends:
                 return tuple(ends)
-        tail = talk.text[turn.last : turn.reach] if (turn := talk.turns.get(1)) and turn.last is not None else ""
+        tail = talk.text[turns[0].last : turns[0].reach]
         raise TemplateError(
-            f"the chat template ends the assistant's turn with {tail!r}, which is no token of this tokenizer, so a model could not learn to stop",
+            f"the chat template ends the assistant's turn with {tail!r}, which holds no token of this tokenizer, so a model could not "
+            "learn to stop",
             hint="Add the template's tokens with model.new_tokens, or choose a template that ends turns with the eos token.",
         )
 
 
+def _only(layout: Layout, message: int) -> Turn | None:
+    """The turn of a message of a probe, if it has text of its own."""
+    turns = layout.turns.get(message)
+    return turns[-1] if turns and turns[-1].first is not None else None
+
+
+def _check_goes_on(messages: Sequence[Message], number: int) -> None:
+    """An assistant's turn may go without an end token only where the assistant speaks on and the template joins the two."""
+    following = (message.role for message in messages[number + 1 :])
+    if next((role for role in following if role != "tool"), None) != "assistant":
+        raise TemplateError(
+            f"the chat template puts no end-of-turn token after message {number + 1}, so a model could not learn to stop there",
+            hint="Choose another template with model.chat_template.",
+        )
+
+
 def _headers_in(lead: str, prompt: str, closing: str) -> set[str]:
-    """The headers that the assistant's turn may begin with.
+    r"""The headers that the assistant's turn may begin with.
 
     Args:
         lead: What the assistant's segment holds before its own text: `<|im_start|>assistant\n<think>\n\n</think>\n\n`.
@@ -291,7 +295,7 @@ def _headers_in(lead: str, prompt: str, closing: str) -> set[str]:
     generation = prompt.removeprefix(closing)
     if generation and generation in lead:
         return {generation}
-    common = commonprefix([lead, generation])
+    common = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(lead, generation, strict=False)))
     if common:  # R1 asks with `<｜Assistant｜><think>\n` and keeps past turns as `<｜Assistant｜>`
         return {common, generation}
     if not prompt.startswith(closing):  # the message before ends differently where it is the last one
