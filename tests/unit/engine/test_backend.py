@@ -1,0 +1,156 @@
+"""The door to accelerate: precision, ranks, trackers."""
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from burnish.core.errors import ConfigError, DependencyError, TrainingError
+from burnish.engine import backend as module
+from burnish.engine.backend import Backend, Trackers, resolve_precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_precision_on_a_cpu(fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "cpu_has_fast_bf16", lambda: fast)
+    assert resolve_precision("auto", CPU) == dtype
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_precision_on_cuda(has: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An Old GPU")
+    cuda = torch.device("cuda")
+    assert resolve_precision("auto", cuda) == (torch.bfloat16 if has else torch.float32)
+    if has:
+        assert resolve_precision("bfloat16", cuda) == torch.bfloat16
+    else:
+        with pytest.raises(ConfigError, match="An Old GPU has no bfloat16"):
+            resolve_precision("bfloat16", cuda)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+def test_products_are_computed_in_the_precision_and_weights_stay_float32(precision: str, dtype: torch.dtype):
+    backend = Backend(precision=precision, cpu=True)  # pyright: ignore[reportArgumentType]
+    linear = torch.nn.Linear(4, 4)
+    with backend.autocast():
+        output = linear(torch.randn(2, 4))
+    assert output.dtype == dtype
+    assert linear.weight.dtype == torch.float32
+    assert (backend.loss_scale is not None) == (precision == "float16")
+
+
+def test_one_process_pays_nothing():
+    backend = Backend(precision="float32", cpu=True)
+    assert (backend.rank, backend.world_size, backend.is_main) == (0, 1, True)
+    value = object()
+    assert backend.gather(value) == [value]
+    assert backend.sums({"a": (1.0, 2.0)}) == {"a": (1.0, 2.0)}
+    assert backend.any(True) and not backend.any(False)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    backend.average_gradients([parameter])
+    assert parameter.grad is None
+
+
+def test_a_group_that_does_not_form_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # what a launcher sets; the group of this process is there already, and has one member
+    with pytest.raises(TrainingError, match="started 2 processes, but this one sees 1"):
+        Backend(cpu=True)
+
+
+def test_a_strategy_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="'fsdp' is not available yet"):
+        Backend(strategy="fsdp", cpu=True)
+
+
+def test_seeds():
+    backend = Backend(precision="float32", cpu=True)
+    backend.seed(3)
+    first = torch.rand(2)
+    backend.seed(3, per_rank=True)
+    assert torch.equal(first, torch.rand(2))  # rank 0
+
+
+@pytest.mark.parametrize("kind", ["wandb", "mlflow", "trackio", "tensorboard"])
+def test_a_missing_tracker_is_named_before_training(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, kind, None)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DependencyError, match=f"the tracker '{kind}' needs the package {kind}") as caught:
+        Backend(precision="float32", cpu=True).trackers(["csv", kind], name="run", folder=tmp_path, config={})
+    assert caught.value.hint == f"pip install 'burnish[{kind}]'"
+
+
+def test_tensorboard_gets_the_numbers(tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    backend = Backend(precision="float32", cpu=True)
+    config = {"train": {"learning_rate": 0.1, "rates": [], "clip": None}, "model": "m"}
+    trackers = backend.trackers(["csv", "tensorboard"], name="run", folder=tmp_path, config=config)
+    for step in (1, 2):
+        trackers.log({"loss": 1.0 / step}, step=step)
+    trackers.close()
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
+
+
+class Broken:
+    def log(self, values: object, step: int) -> None:
+        raise ConnectionError("no network")
+
+    def finish(self) -> None:
+        raise ConnectionError("no network")
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(capsys: pytest.CaptureFixture[str]):
+    trackers = Trackers({"wandb": Broken()})  # pyright: ignore[reportArgumentType]
+    trackers.log({"loss": 1.0}, step=1)
+    trackers.log({"loss": 1.0}, step=2)
+    trackers.close()
+    assert capsys.readouterr().err.count("the tracker 'wandb' failed and is switched off") == 1
+
+
+def _rank(rank: int, port: int, results: str) -> None:
+    import os
+
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    backend = Backend(precision="float32", cpu=True)
+    model = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        model.weight.fill_(float(rank))
+    backend.prepare(model)
+    model.weight.grad = torch.full((1, 2), float(rank + 1))
+    if rank == 0:
+        model.bias.grad = torch.ones(1)
+    backend.average_gradients(model.parameters())
+    found = {
+        "weight": model.weight.tolist(),
+        "gradients": [model.weight.grad.tolist(), None if model.bias.grad is None else model.bias.grad.tolist()],
+        "sums": backend.sums({"a": (1.0 + rank, 1.0), **({"b": (5.0, 2.0)} if rank else {})}),
+        "any": backend.any(rank == 1),
+        "main": backend.is_main,
+    }
+    torch.save(found, f"{results}/{rank}")
+    backend.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one_model(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / str(rank), weights_only=True)
+        assert found["weight"] == [[0.0, 0.0]]
+        assert found["gradients"] == [[[1.5, 1.5]], [0.5]]
+        assert found["sums"] == {"a": (3.0, 2.0), "b": (5.0, 2.0)}
+        assert found["any"] is True
+        assert found["main"] is (rank == 0)

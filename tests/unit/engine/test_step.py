@@ -1,0 +1,194 @@
+"""One optimiser step: exact however it is cut, clipped as torch clips, and never taken on a gradient that is not finite."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from burnish.config.sections import Train
+from burnish.core.errors import TrainingError
+from burnish.data.collate import collate
+from burnish.data.types import Batch, Example
+from burnish.engine.backend import Backend, LossScale
+from burnish.engine.optim import build_optimizer
+from burnish.engine.step import Stepper
+from burnish.objectives.base import Loss
+from tests.unit.engine.conftest import TinyExamples, TinyObjective, TinyPolicy
+
+EXAMPLES = TinyExamples(8)
+
+
+def batches(cuts: list[int]) -> list[Batch]:
+    """The eight examples in micro-batches of the given sizes."""
+    weight = float(EXAMPLES.weights.sum())
+    found, start = [], 0
+    for size in cuts:
+        found.append(collate([EXAMPLES[i] for i in range(start, start + size)], step_weight=weight, last=start + size == 8))
+        start += size
+    return found
+
+
+def stepper(policy: TinyPolicy, backend: Backend | None = None, **options: object) -> Stepper:
+    backend = backend or Backend(precision="float32", cpu=True)
+    optimizer = build_optimizer(policy.trainable(), Train(learning_rate=0.1, optimizer="sgd"))
+    return Stepper(backend, optimizer, policy.trainable(), learning_rate=0.1, **options)  # pyright: ignore[reportArgumentType]
+
+
+def gradients_of(cuts: list[int]) -> tuple[dict[str, torch.Tensor], float]:
+    policy = TinyPolicy()
+    steps = stepper(policy, clip=None)
+    for batch in batches(cuts):
+        steps.accumulate(TinyObjective()(policy, batch), batch)
+    found = {name: p.grad.clone() for name, p in policy.trainable().items() if p.grad is not None}
+    return found, steps.update().loss
+
+
+@given(st.permutations([1, 1, 2, 4]) | st.sampled_from([[1] * 8, [4, 4], [7, 1], [2, 2, 2, 2]]))
+@settings(max_examples=15, deadline=None)
+def test_the_cut_into_micro_batches_changes_nothing(cuts: list[int]):
+    whole, loss = gradients_of([8])
+    parts, other_loss = gradients_of(list(cuts))
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-6, atol=1e-6 * gradient.abs().max().item())
+
+
+def test_the_loss_is_the_mean_over_the_whole_steps_weight():
+    policy = TinyPolicy()
+    total = sum(TinyObjective()(policy, batch).sum.item() for batch in batches([8]))
+    assert gradients_of([1] * 8)[1] == pytest.approx(total / float(EXAMPLES.weights.sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05, 100.0])
+def test_clipping_equals_torch(clip: float | None):
+    policy, twin = TinyPolicy(), TinyPolicy()
+    steps = stepper(policy, clip=clip)
+    (batch,) = batches([8])
+    steps.accumulate(TinyObjective()(policy, batch), batch)
+    result = steps.update()
+
+    (TinyObjective()(twin, batch).sum / batch.step_weight).backward()
+    norm = torch.nn.utils.clip_grad_norm_(twin.trainable().values(), clip or math.inf)
+    torch.optim.SGD(twin.trainable().values(), lr=0.1, momentum=0.9).step()
+    assert result.grad_norm == pytest.approx(norm.item(), rel=1e-6)
+    for name, parameter in twin.trainable().items():
+        torch.testing.assert_close(policy.trainable()[name], parameter, rtol=1e-6, atol=1e-7)
+
+
+def test_a_step_reports_what_it_did():
+    policy = TinyPolicy()
+    steps = stepper(policy, multiplier=lambda step: 1 / (step + 2))
+    for batch in batches([3, 5]):
+        steps.accumulate(TinyObjective()(policy, batch), batch)
+    result = steps.update()
+    assert (result.step, result.skipped, result.examples) == (1, False, 8)
+    assert result.tokens == int(EXAMPLES.lengths.sum())
+    assert result.trained_tokens == int(EXAMPLES.trained.sum())
+    assert result.learning_rate == pytest.approx(0.05)
+    assert result.metrics["nll"] == pytest.approx(result.loss, rel=1e-6)
+    assert set(result.metrics) == {"nll", "sure"}
+    assert all(p.grad is None for p in policy.trainable().values())
+
+
+class Poison(TinyObjective):
+    """Losses that are not finite at the given steps."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps, self.calls = steps, 0
+
+    def __call__(self, policy: TinyPolicy, batch: Batch) -> Loss:
+        loss = super().__call__(policy, batch)
+        if self.calls in self.steps:
+            loss.sum = loss.sum * math.inf
+        self.calls += 1
+        return loss
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_optimizer():
+    policy = TinyPolicy()
+    steps, objective = stepper(policy), Poison({1})
+    (batch,) = batches([8])
+    results, before = [], None
+    for number in range(3):
+        if number == 1:
+            before = copy.deepcopy((policy.trainable(), steps.optimizer.state_dict()))
+        steps.accumulate(objective(policy, batch), batch)
+        results.append(steps.update())
+        if number == 1:
+            assert before is not None
+            assert all(torch.equal(p, before[0][name]) for name, p in policy.trainable().items())
+            assert str(before[1]) == str(steps.optimizer.state_dict())
+    assert [result.skipped for result in results] == [False, True, False]
+    assert steps.skipped == 1
+    assert math.isfinite(results[2].loss)
+
+
+def test_too_many_in_a_row_end_the_run():
+    policy = TinyPolicy()
+    steps, objective = stepper(policy, patience=3), Poison({0, 2, 3, 4})
+    (batch,) = batches([8])
+    for _ in range(4):
+        steps.accumulate(objective(policy, batch), batch)
+        steps.update()
+    steps.accumulate(objective(policy, batch), batch)
+    with pytest.raises(TrainingError, match=r"not finite for 3 steps in a row \(step 5: loss inf.*weights are those of step 2"):
+        steps.update()
+
+
+def test_overflow_in_float16_lowers_the_scale_and_does_not_count_against_the_run():
+    policy, backend = TinyPolicy(), Backend(precision="float16", cpu=True)
+    backend.loss_scale = LossScale(2.0**60)  # overflows until it has halved often enough
+    steps = stepper(policy, backend, patience=2)
+    (batch,) = batches([8])
+    results = []
+    for _ in range(60):
+        with backend.autocast():
+            loss = TinyObjective()(policy, batch)
+        steps.accumulate(loss, batch)
+        results.append(steps.update())
+        if not results[-1].skipped:
+            break
+    assert len(results) > 10
+    plain, _ = gradients_of([8])
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in plain.values()))
+    assert results[-1].grad_norm == pytest.approx(norm, rel=1e-2)  # the scale is out of it again
+
+
+def test_the_scale_grows_after_many_good_steps():
+    scale = LossScale(4.0, growth_interval=2)
+    for finite in (True, True, True, False, True, True):
+        scale.update(finite=finite)
+    assert scale.scale == 4.0 * 2 / 2 * 2
+
+
+def test_forgotten_micro_batches_are_noticed():
+    policy = TinyPolicy()
+    steps = stepper(policy)
+    first, _ = batches([3, 5])
+    steps.accumulate(TinyObjective()(policy, first), first)
+    with pytest.raises(TrainingError, match=r"weigh .* together, expected the announced"):
+        steps.update()
+
+
+def test_an_update_of_nothing_is_an_error():
+    with pytest.raises(TrainingError, match="weigh 0 together"):
+        stepper(TinyPolicy()).update()
+
+
+def test_a_step_must_train_something():
+    policy = TinyPolicy()
+    masked = Example(EXAMPLES[0].input_ids, EXAMPLES[0].weights * 0)
+    batch = collate([masked], step_weight=0.0)
+    with pytest.raises(TrainingError, match=r"total weight of 0\.0"):
+        stepper(policy).accumulate(TinyObjective()(policy, batch), batch)
+
+
+def test_state_goes_in_and_out():
+    backend = Backend(precision="float16", cpu=True)
+    steps = stepper(TinyPolicy(), backend)
+    state = {"step": 7, "skipped": 2, "skipped_in_a_row": 1, "loss_scale": [8.0, 5]}
+    steps.restore(state)
+    assert steps.state() == state
