@@ -22,7 +22,7 @@ Strategy = Literal["proportional", "round_robin", "oversample", "undersample"]
 T = TypeVar("T")
 
 
-def mix(sources: Sequence[Iterable[T]], weights: Sequence[float], strategy: Strategy, seed: int) -> Iterator[tuple[int, T]]:
+def mix(sources: Sequence[Iterable[T]], weights: Sequence[float], strategy: Strategy, seed: int) -> Iterator[T]:
     """Draws from several sources, lazily; the order depends on the arguments alone.
 
     Args:
@@ -32,7 +32,7 @@ def mix(sources: Sequence[Iterable[T]], weights: Sequence[float], strategy: Stra
         seed: Decides the draws. `random.Random` promises the same numbers in every version of Python.
 
     Yields:
-        (index of the source, its next row). Every source keeps its own order.
+        The rows. Every source keeps its own order.
 
     Raises:
         ValueError: no source, as many weights as sources are not there, or one is not positive.
@@ -82,27 +82,27 @@ def _draw(weights: Sequence[float], draws: random.Random) -> int:
     return min(bisect_right(ends, draws.random() * ends[-1]), len(ends) - 1)
 
 
-def _in_turn(streams: Sequence[_Stream[T]]) -> Iterator[tuple[int, T]]:
+def _in_turn(streams: Sequence[_Stream[T]]) -> Iterator[T]:
     live = [index for index, stream in enumerate(streams) if not stream.ended]
     while live:
         for index in live:
-            yield index, streams[index].take()
+            yield streams[index].take()
         live = [index for index in live if not streams[index].ended]
 
 
-def _until_all_end(streams: Sequence[_Stream[T]], weights: Sequence[float], draws: random.Random) -> Iterator[tuple[int, T]]:
+def _until_all_end(streams: Sequence[_Stream[T]], weights: Sequence[float], draws: random.Random) -> Iterator[T]:
     while live := [index for index, stream in enumerate(streams) if not stream.ended]:
         index = live[_draw([weights[index] for index in live], draws)]
-        yield index, streams[index].take()
+        yield streams[index].take()
 
 
-def _undersampled(streams: Sequence[_Stream[T]], weights: Sequence[float], draws: random.Random) -> Iterator[tuple[int, T]]:
+def _undersampled(streams: Sequence[_Stream[T]], weights: Sequence[float], draws: random.Random) -> Iterator[T]:
     while not any(stream.ended for stream in streams):
         index = _draw(weights, draws)
-        yield index, streams[index].take()
+        yield streams[index].take()
 
 
-def _oversampled(streams: Sequence[_Stream[T]], weights: Sequence[float], draws: random.Random) -> Iterator[tuple[int, T]]:
+def _oversampled(streams: Sequence[_Stream[T]], weights: Sequence[float], draws: random.Random) -> Iterator[T]:
     waiting = set(range(len(streams)))  # for their first end
     while waiting:
         index = _draw(weights, draws)
@@ -110,6 +110,6 @@ def _oversampled(streams: Sequence[_Stream[T]], weights: Sequence[float], draws:
             streams[index].restart()
         if streams[index].ended:
             raise SourceError(f"source {index + 1} has no row to begin again with")
-        yield index, streams[index].take()
+        yield streams[index].take()
         if streams[index].ended:
             waiting.discard(index)

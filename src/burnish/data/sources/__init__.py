@@ -124,7 +124,7 @@ class RowSource:
         if self.config.name:
             text += f":{self.config.name}"
         if self.config.split is not None or len(self.splits) > 1:
-            text += f" [{self.config.split or self.slices[0].name}]"
+            text += f", split {self.config.split or self.slices[0].name}"
         files = [file for split in self._used() if isinstance(split, FileSplit) for file in split.files]
         if len(files) > 1:
             text += f", {len(files)} files"
