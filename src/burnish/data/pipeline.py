@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from burnish.core.errors import BurnishError, DataError, RowError, Where
 from burnish.data.cache import ExampleBlock, run_lengths
+from burnish.data.formats import Format
 from burnish.data.sources.row import Row
 from burnish.data.types import Completion, Conversation, Example, Item, Text
 
@@ -21,16 +22,6 @@ Overlong = Literal["truncate", "drop", "split", "error"]
 
 CHUNK_ROWS = 512
 CHUNK_CHARACTERS = 1 << 20
-
-
-class Format(Protocol):
-    """What pipeline needs of a format."""
-
-    name: str
-
-    def convert(self, row: Row, /) -> Item | None:
-        """The item that the row means; None for an empty row."""
-        ...
 
 
 class Renderer(Protocol):

@@ -27,6 +27,9 @@ class Words:
             raise RowError("the field 'prompt' is missing", where=row.where("prompt"))
         return Completion(row.fields["prompt"], row.fields["completion"])
 
+    def describe(self) -> str:
+        return self.name
+
 
 @dataclass(frozen=True)
 class Letters:
