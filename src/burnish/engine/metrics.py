@@ -71,8 +71,8 @@ class MetricsLog:
 
 
 def step_line(result: StepResult, seconds: float) -> Line:
-    """The line of one step, in the order of the contract."""
-    return {
+    """The line of one step, in the order of the contract. An objective's metric of the same name gives way."""
+    line = {
         "step": result.step,
         "loss": result.loss,
         "learning_rate": result.learning_rate,
@@ -81,8 +81,8 @@ def step_line(result: StepResult, seconds: float) -> Line:
         "trained_tokens": result.trained_tokens,
         "seconds": round(seconds, 6),
         "tokens_per_second": round(result.tokens / seconds, 3) if seconds > 0 else None,
-        **result.metrics,
     }
+    return {**line, **{key: value for key, value in result.metrics.items() if key not in line}}
 
 
 def read_lines(path: Path) -> list[Line]:

@@ -53,11 +53,11 @@ def parameter_groups(named_parameters: Mapping[str, nn.Parameter], train: Train)
     The first pattern of `train.rates` that is found in a name decides. Elsewhere the rate is `train.learning_rate`, times
     `train.lora_plus_ratio` for LoRA's B matrices (LoRA+, 2402.12354), and the decay is `train.weight_decay` for matrices, 0 for vectors.
     """
-    patterns = [(_compile(number, rate), rate) for number, rate in enumerate(train.rates)]
+    patterns = [re.compile(rate.match) for rate in train.rates]
     used: set[int] = set()
     groups: dict[tuple[float, float], Group] = {}
     for name, parameter in named_parameters.items():
-        number = next((n for n, (pattern, _) in enumerate(patterns) if pattern.search(name)), None)
+        number = next((n for n, pattern in enumerate(patterns) if pattern.search(name)), None)
         rate = train.rates[number] if number is not None else None
         if number is not None:
             used.add(number)
@@ -176,15 +176,6 @@ def _rate_and_decay(name: str, parameter: nn.Parameter, train: Train, rate: Rate
 
 def _is_lora_b(name: str) -> bool:
     return "lora_B" in name or "lora_embedding_B" in name
-
-
-def _compile(number: int, rate: RateGroup) -> re.Pattern[str]:
-    try:
-        return re.compile(rate.match)
-    except re.error as error:
-        raise ConfigError(
-            f"'{rate.match}' is not a regular expression: {error}", where=Where(field=f"train.rates[{number}].match")
-        ) from None
 
 
 def _refuse_unused(train: Train, used: set[int], named_parameters: Mapping[str, nn.Parameter]) -> None:

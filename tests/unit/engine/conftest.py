@@ -1,6 +1,5 @@
 """A model small enough to train in a test, with everything that makes exactness hard: dropout, ragged examples, fractional weights."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,37 +91,28 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def backend() -> Backend:
-    return Backend(precision="float32", cpu=True)
+def build_job(folder: Path, *, precision: str = "float32", dropout: float = 0.0, held_out: bool = True, **settings: Any) -> Job:
+    """A run over 40 examples: 10 steps of 8 examples make two epochs."""
+    job_keys = {key: settings.pop(key) for key in ("callbacks", "identity", "resume") if key in settings}
+    evaluation, save = settings.pop("evaluation", {}), settings.pop("save", {})
+    train = Train.model_validate({"batch_size": 8, "steps": 10, "learning_rate": 0.01, **settings})
+    policy = TinyPolicy(dropout=dropout)
+    return Job(
+        policy=policy,
+        objective=TinyObjective(),
+        source=Loader(TinyExamples(40), batch_size=train.batch_size, max_length=16, micro_batch_tokens=40, seed=train.seed),
+        optimizer=build_optimizer(policy.trainable(), train),
+        backend=Backend(precision=precision, cpu=True),  # pyright: ignore[reportArgumentType]
+        train=train,
+        evaluation=Evaluation.model_validate(evaluation),
+        save=Save.model_validate(save),
+        folder=folder,
+        eval_batches=(lambda: eval_batches(TinyExamples(9, seed=1), 40)) if held_out else None,
+        **job_keys,
+    )
 
 
 @pytest.fixture
 def make_job(tmp_path: Path) -> Callable[..., Job]:
-    """Builds a run over 40 examples: 10 steps of 8 examples make two epochs."""
-
-    def make(folder: str = "run", *, fresh: bool = False, precision: str = "float32", dropout: float = 0.0, **settings: Any) -> Job:
-        where = tmp_path / folder
-        if fresh:
-            shutil.rmtree(where, ignore_errors=True)
-        job_keys = {key: settings.pop(key) for key in ("callbacks", "identity", "resume") if key in settings}
-        evaluation, save = settings.pop("evaluation", {}), settings.pop("save", {})
-        held_out = settings.pop("held_out", True)
-        train = Train.model_validate({"batch_size": 8, "steps": 10, "learning_rate": 0.01, **settings})
-        policy = TinyPolicy(dropout=dropout)
-        used = Backend(precision=precision, cpu=True)  # pyright: ignore[reportArgumentType]
-        return Job(
-            policy=policy,
-            objective=TinyObjective(),
-            source=Loader(TinyExamples(40), batch_size=train.batch_size, max_length=16, micro_batch_tokens=40, seed=train.seed),
-            optimizer=build_optimizer(policy.trainable(), train),
-            backend=used,
-            train=train,
-            evaluation=Evaluation.model_validate(evaluation),
-            save=Save.model_validate(save),
-            folder=where,
-            eval_batches=(lambda: eval_batches(TinyExamples(9, seed=1), 40)) if held_out else None,
-            **job_keys,
-        )
-
-    return make
+    """Builds runs in folders of this test."""
+    return lambda folder="run", **settings: build_job(tmp_path / folder, **settings)

@@ -1,17 +1,15 @@
 """Checkpoints on the disk: exact, whole or not there, and never the last one gone."""
 
 import json
-import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from burnish.core.errors import CheckpointError
-from burnish.engine import checkpoint, rng
+from burnish.engine import checkpoint
 from burnish.engine.checkpoint import Checkpoint, flatten, folders, load, newest, prune, save, step_of, unflatten
 
 
@@ -141,19 +139,3 @@ def test_a_crash_while_replacing_a_checkpoint_brings_the_old_one_back(tmp_path: 
     folder.rename(tmp_path / ".replaced-step-000005")
     (tmp_path / ".unfinished-step-000005").mkdir()
     assert newest(tmp_path) == folder
-
-
-def test_random_states_come_back():
-    state = rng.capture()
-
-    def draw() -> tuple[float, float, float, float]:
-        return random.gauss(0, 1), float(np.random.normal()), torch.rand(()).item(), random.random()
-
-    first = draw()
-    structure, tensors = flatten(state)
-    rng.restore(unflatten(json.loads(json.dumps(structure)), tensors))
-    assert draw() == first
-    before = rng.capture()
-    with rng.untouched():
-        draw()
-    assert same(before, rng.capture())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.engine.conftest import TinyExamples, TinyObjective, TinyPolicy
 
 from burnish.config.sections import Train
 from burnish.core.errors import TrainingError
@@ -16,7 +17,6 @@ from burnish.engine.backend import Backend, LossScale
 from burnish.engine.optim import build_optimizer
 from burnish.engine.step import Stepper
 from burnish.objectives.base import Loss
-from tests.unit.engine.conftest import TinyExamples, TinyObjective, TinyPolicy
 
 EXAMPLES = TinyExamples(8)
 
