@@ -64,18 +64,19 @@ class OpenSet:
 
     def tasks(self, data: Data, seed: int) -> Iterator[Task]:
         """The rows of all sources in the order that `data.mix` says."""
-        each = [_Rows(source) for source in self.sources]
-        return (Task(number, row) for number, row in mix(each, [source.weight for source in self.settings], data.mix, seed))
+        each = [_Tasks(number, source) for number, source in enumerate(self.sources)]
+        return iter(mix(each, [source.weight for source in self.settings], data.mix, seed))
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """The rows of a source; each iteration begins anew."""
+class _Tasks:
+    """The rows of a source as tasks; each iteration begins anew."""
 
+    number: int
     source: RowSource
 
-    def __iter__(self) -> Iterator[Row]:
-        return self.source.rows()
+    def __iter__(self) -> Iterator[Task]:
+        return (Task(self.number, row) for row in self.source.rows())
 
 
 def prepare(data: Data, renderer: Renderer, *, seed: int, progress: bool = True, base: Path = Path()) -> Prepared:

@@ -27,7 +27,7 @@ class Tally:
         """Enters a chunk; returns it without duplicates."""
         chunk = self._without_duplicates(tasks, chunk)
         sources = np.array([task.source for task in tasks])
-        for number in np.unique(sources).tolist():
+        for number in sorted({task.source for task in tasks}):
             self._enter(self.account.sources[number], chunk, sources == number)
         for place, reason in chunk.reasons.items():
             row = tasks[place].row
