@@ -46,7 +46,7 @@ def load_for_inference(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    attention: str = "sdpa",
+    attention: str | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
@@ -56,7 +56,7 @@ def load_for_inference(
         target: What to load.
         dtype: Storage and compute type.
         device: Where the weights go.
-        attention: Name in transformers' AttentionInterface.
+        attention: Name in transformers' AttentionInterface; None chooses.
         base: The base model of an adapter, where it is no longer where the adapter says.
         trust_remote_code: Run Python code that came with the (base) model.
 

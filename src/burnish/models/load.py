@@ -41,7 +41,7 @@ def load_model(
     compute_dtype: torch.dtype,
     device: torch.device | str = "cpu",
     trainable: bool = False,
-    attention: str = "sdpa",
+    attention: str | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> PreTrainedModel:
     """Loads a causal language model, in evaluation mode.
@@ -51,7 +51,8 @@ def load_model(
         compute_dtype: Type of the matrix products; what `model.dtype: auto` stores frozen weights in.
         device: Where the weights go.
         trainable: All weights are to be trained (no adapter), so they are kept in float32.
-        attention: Name in transformers' AttentionInterface. `model.attention` is the caller's to translate.
+        attention: Name in transformers' AttentionInterface; None is `sdpa`, or `eager` where the model cannot do that (Gemma 2). What
+            config.json asks for is not followed: it may name code on the hub. `model.attention` is the caller's to translate.
         tokenizer: When given, the embeddings are grown to hold all its tokens if `model.new_tokens` asks for new ones, and it is an
             error if the tokenizer has more tokens than the model otherwise.
 
@@ -65,14 +66,13 @@ def load_model(
     dtype = torch.float32 if trainable else _DTYPES.get(model.dtype, compute_dtype)
     options: dict[str, Any] = {
         "dtype": dtype,
-        "attn_implementation": attention,
         "device_map": {"": device},
         "quantization_config": _quantization(model, compute_dtype),
         "output_loading_info": True,
     }
     place = locate(model.path)
     with reading(model.path), quiet(progress=place.kind == "hub"):
-        loaded, report = _from_gguf(place, options, dtype) if place.kind == "gguf" else _from_folder_or_hub(model, place, options)
+        loaded, report = _load(model, place, options, attention)
     _check_complete(model.path, report)
     loaded.name_or_path = model.path if model.path.startswith("package:") else place.path  # what an adapter records as its base
     _train_padding(loaded)
@@ -110,10 +110,20 @@ def _embedding_tables(model: PreTrainedModel) -> list[torch.Tensor]:
     return list({id(module.weight): module.weight for module in modules if module is not None}.values())
 
 
-def _from_gguf(place: Location, options: dict[str, Any], dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load(model: Model, place: Location, options: dict[str, Any], attention: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    load = _from_gguf if place.kind == "gguf" else _from_folder_or_hub
+    try:
+        return load(model, place, {**options, "attn_implementation": attention or "sdpa"})
+    except ValueError as error:
+        if attention is not None or "scaled_dot_product_attention" not in str(error):
+            raise
+    return load(model, place, {**options, "attn_implementation": "eager"})
+
+
+def _from_gguf(model: Model, place: Location, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     file = GGUFFile(place.path)
     config = read_config(file)
-    weights = read_weights(file, config, dtype)
+    weights = read_weights(file, config, options["dtype"])
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return model_class.from_pretrained(None, config=config, state_dict=weights, **options)
 
