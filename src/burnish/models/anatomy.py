@@ -121,6 +121,8 @@ def _doubt_packing(anatomy: Anatomy, kind: AttentionKind) -> str:
     try:
         install(anatomy.whole)
         return _doubt_packed_run(anatomy, kind, alone)
+    except NotImplementedError as error:
+        return str(error)
     except Exception as error:  # whatever a model's own code raises when it is given what it does not know
         return f"it cannot take several segments in one call ({type(error).__name__}: {error})"
 

@@ -121,7 +121,7 @@ def windows_as_configured(config: Any, windows: list[int | None]) -> bool:
     if kinds is not None:
         sliding = [kind == "sliding_attention" for kind in kinds]
         return set(kinds) <= {"full_attention", "sliding_attention"} and sum(sliding) == sum(w is not None for w in windows)
-    window = getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None) or None
     return all(seen == window for seen in windows)
 
 
