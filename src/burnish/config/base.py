@@ -215,9 +215,16 @@ class Kind:
         return {"anyOf": [{"type": "string", "enum": list(self.known())}, {"type": "string", "pattern": r"\.py:\w+$"}]}
 
 
+_FLOATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
 def _float_type(value: object) -> object:
-    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(value, value) if isinstance(value, str) else value
+    return _FLOATS.get(value, value) if isinstance(value, str) else value
 
 
-FloatType = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_float_type)]
+FloatType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    BeforeValidator(_float_type),
+    WithJsonSchema({"enum": ["auto", *_FLOATS.values(), *_FLOATS], "type": "string"}),
+]
 """A floating point type; the short names bf16, fp16 and fp32 are understood."""

@@ -2,6 +2,8 @@
 
 YAML 1.2 by ruamel: `2e-4` is a number, `on`, `off`, `yes` and `no` are text, `true` and `false` are the only booleans.
 """
+# ruamel's nodes carry no types:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ class Fault:
         return {"file": self.where.file, "line": self.where.line, "key": self.key, "message": self.message}
 
 
-Value = Union["dict[str, Entry]", "list[Entry]", str, int, float, bool, None]  # noqa: UP007  # strings cannot be joined by |
+Value = Union["dict[str, Entry]", "list[Entry]", str, int, float, bool, None]
+"""What an entry holds."""
+Plain = dict[str, "Plain"] | list["Plain"] | str | int | float | bool | None
+"""The same without places."""
 
 
 @dataclass(slots=True)
@@ -65,7 +70,7 @@ class Entry:
     where: Where = NOWHERE
     base: Path = field(default_factory=Path.cwd)
 
-    def plain(self) -> Any:
+    def plain(self) -> Plain:
         """The value without places."""
         if isinstance(self.value, dict):
             return {key: entry.plain() for key, entry in self.value.items()}
@@ -76,6 +81,18 @@ class Entry:
     def like(self, value: Value) -> Entry:
         """Another value at the same place."""
         return replace(self, value=value)
+
+    @property
+    def mapping(self) -> dict[str, Entry]:
+        """The entries by key, or none where this is no mapping."""
+        return self.value if isinstance(self.value, dict) else {}
+
+    def put(self, key: str | int, entry: Entry) -> None:
+        """Sets one entry of a mapping or list."""
+        if isinstance(self.value, dict):
+            self.value[str(key)] = entry
+        elif isinstance(self.value, list):
+            self.value[int(key)] = entry
 
     def at(self, path: tuple[str | int, ...]) -> Entry | None:
         """The entry at a path of keys and list positions, or None."""
@@ -131,7 +148,7 @@ def read_file(path: Path, faults: list[Fault]) -> Entry | None:
     return entry
 
 
-def read_value(text: str) -> Any:
+def read_value(text: str) -> Plain:
     """The plain value of a YAML flow expression, such as the right side of an override.
 
     Raises:

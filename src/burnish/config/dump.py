@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
+from burnish.config.document import Plain
 from burnish.config.places import redact
 from burnish.config.run import RunConfig
 
@@ -22,35 +23,36 @@ def dump_run(config: RunConfig) -> str:
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]  # untyped
     yaml.width = 4096
-    yaml.dump(resolved(config), stream)
+    yaml.dump(resolved(config), stream)  # pyright: ignore[reportUnknownMemberType]  # untyped
     return stream.getvalue()
 
 
-def resolved(config: RunConfig) -> dict[str, Any]:
+def resolved(config: RunConfig) -> dict[str, Plain]:
     """The run as plain values that JSON and YAML can hold."""
     plain = _plain(config)
     for key, (written, value) in config._written.items():  # pyright: ignore[reportPrivateUsage]  # meant for this
         _replace(plain, key.split("."), value, written)
-    return _redacted(plain)
+    return {key: _redacted(value) for key, value in plain.items()}
 
 
-def _plain(section: BaseModel) -> dict[str, Any]:
+def _plain(section: BaseModel) -> dict[str, Plain]:
     values = section.model_dump(mode="json")
     fields = type(section).model_fields
-    shown: dict[str, Any] = {}
+    shown: dict[str, Plain] = {}
     for key, value in values.items():
         attribute = getattr(section, key)
         if value is None and key in fields and fields[key].default is None:
             continue
         if isinstance(attribute, BaseModel):
             value = _plain(attribute)
-        elif isinstance(attribute, list) and attribute and isinstance(attribute[0], BaseModel):
-            value = [_plain(item) for item in attribute]
+        elif isinstance(attribute, list):
+            items = cast(list[Any], attribute)
+            value = [_plain(item) if isinstance(item, BaseModel) else item for item in items]
         shown[key] = value
     return shown
 
 
-def _replace(plain: Any, path: list[str], value: str, written: str) -> None:
+def _replace(plain: Plain, path: list[str], value: str, written: str) -> None:
     for part in path[:-1]:
         if isinstance(plain, list):
             plain = plain[int(part)] if int(part) < len(plain) else None
@@ -61,7 +63,7 @@ def _replace(plain: Any, path: list[str], value: str, written: str) -> None:
         plain[path[-1]] = written
 
 
-def _redacted(value: Any) -> Any:
+def _redacted(value: Plain) -> Plain:
     if isinstance(value, dict):
         return {key: _redacted(item) for key, item in value.items()}
     if isinstance(value, list):

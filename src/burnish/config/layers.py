@@ -13,9 +13,8 @@ import copy
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
-from burnish.config.document import Entry, Fault, from_python, read_file, read_value
+from burnish.config.document import Entry, Fault, Plain, from_python, read_file, read_value
 from burnish.config.names import unknown_key
 from burnish.config.run import EXCLUSIVE, RunConfig
 from burnish.config.shape import Shape, of_section
@@ -40,7 +39,7 @@ def read_layers(path: Path, faults: list[Fault], chain: tuple[Path, ...] = ()) -
     layers: list[Entry] = []
     for name in _extended(entry, faults):
         # Relative to the file that says so, so that a folder of run files can be moved.
-        lower = (path.parent / Path(name.value).expanduser()).resolve()
+        lower = (path.parent / Path(str(name.value)).expanduser()).resolve()
         if lower in chain:
             loop = " -> ".join(step.name for step in (*chain[chain.index(lower) :], lower))
             faults.append(Fault(f"the file extends itself: {loop}", "extends", name.where))
@@ -97,14 +96,14 @@ def expand(entry: Entry, shape: Shape | None) -> Entry:
 
 
 def _extended(entry: Entry, faults: list[Fault]) -> list[Entry]:
-    extends = entry.value.pop("extends", None)
+    extends = entry.mapping.pop("extends", None)
     if extends is None:
         return []
     names: list[Entry] = extends.value if isinstance(extends.value, list) else [extends]
-    good = [name for name in names if isinstance(name.value, str)]
-    if len(good) < len(names):
-        faults.append(Fault("expected a file or a list of files", "extends", extends.where))
-    return good
+    if all(isinstance(name.value, str) for name in names):
+        return names
+    faults.append(Fault("expected a file or a list of files", "extends", extends.where))
+    return []
 
 
 def _shown(path: Path) -> Path:
@@ -112,10 +111,7 @@ def _shown(path: Path) -> Path:
 
 
 def _over(lower: Entry, upper: Entry, path: str = "") -> Entry:
-    if not isinstance(lower.value, dict) or not isinstance(upper.value, dict):
-        return upper
-    kinds = [entry.value["kind"].value for entry in (lower, upper) if "kind" in entry.value]
-    if len(kinds) == 2 and kinds[0] != kinds[1]:
+    if not isinstance(lower.value, dict) or not isinstance(upper.value, dict) or _other_kind(lower, upper):
         return upper
     merged = dict(lower.value)
     for group in EXCLUSIVE.get(path, ()):
@@ -124,6 +120,11 @@ def _over(lower: Entry, upper: Entry, path: str = "") -> Entry:
     for key, entry in upper.value.items():
         merged[key] = _over(merged[key], entry, f"{path}.{key}".strip(".")) if key in merged else entry
     return lower.like(merged)
+
+
+def _other_kind(lower: Entry, upper: Entry) -> bool:
+    kinds = [entry.mapping["kind"].value for entry in (lower, upper) if "kind" in entry.mapping]
+    return len(kinds) == 2 and kinds[0] != kinds[1]
 
 
 def _find(parts: list[str], tree: Entry, faults: list[Fault]) -> tuple[list[str | int], Shape] | None:
@@ -157,21 +158,23 @@ def _not_found(path: list[str | int], part: str, shape: Shape, entry: Entry | No
     return Fault(unknown_key(part, section, RunConfig, inside), key, COMMAND_LINE)
 
 
-def _typed(text: str, shape: Shape) -> Any:
+def _typed(text: str, shape: Shape) -> Plain:
     """The value of an override's text. Where the key takes text, `1e5` and `you: speak` are text, too."""
-    takes_text = str in shape.scalars or shape.short is not None
     try:
         value = read_value(text)
     except ValueError:
         return text
-    if value is None and text.strip() not in ("null", "~"):
-        return text
-    if takes_text and not isinstance(value, str | None):
-        fits = (
-            bool(shape.sections or shape.entry) if isinstance(value, dict) else shape.item is not None if isinstance(value, list) else False
-        )
-        return value if fits or type(value) in shape.scalars else text
-    return value
+    if value is None:
+        return None if text.strip() in ("null", "~") else text
+    takes_text = str in shape.scalars or shape.short is not None
+    meant = (
+        bool(shape.sections or shape.entry)
+        if isinstance(value, dict)
+        else shape.item is not None
+        if isinstance(value, list)
+        else isinstance(value, str) or type(value) in shape.scalars
+    )
+    return value if meant or not takes_text else text
 
 
 def _put(layer: Entry, current: Entry, path: list[str | int], entry: Entry) -> None:
@@ -181,6 +184,6 @@ def _put(layer: Entry, current: Entry, path: list[str | int], entry: Entry) -> N
         below, seen = at.at((step,)), seen.at((step,)) or entry.like({})
         if below is None or not isinstance(below.value, dict | list):
             below = copy.deepcopy(seen) if isinstance(seen.value, list) else entry.like({})
-            at.value[step] = below
+            at.put(step, below)
         at = below
-    at.value[path[-1]] = entry
+    at.put(path[-1], entry)

@@ -7,6 +7,7 @@ Nothing here needs torch, reads weights, or writes a file.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ def _build(tree: Entry, overrides: Sequence[str], faults: list[Fault], path: Pat
     tree = override(tree, overrides, faults, base)
     places = tree.places()
     # The run folder is made absolute even where it is the default.
-    tree.value.setdefault("output", tree.like(RunConfig.model_fields["output"].default))
+    tree.mapping.setdefault("output", tree.like(RunConfig.model_fields["output"].default))
     written = fill_in(tree, ROOT, os.environ, faults)
     config = _validate(tree, places, faults)
     if config is None or faults:
@@ -123,18 +124,16 @@ def _validate(tree: Entry, places: Mapping[str, Where], faults: list[Fault]) -> 
 
 def _without_faulty(tree: Entry, faults: Sequence[Fault]) -> RunConfig | None:
     """The run with its faulty keys at their defaults, only to find contradictions among the others."""
-    plain = tree.plain()
+    rest = copy.deepcopy(tree)
     for fault in faults:
-        around: Any = plain
         *path, last = (fault.key or "").split(".")
-        for part in path:
-            around = around.get(part) if isinstance(around, dict) else None
-        if isinstance(around, dict):
-            around.pop(last, None)
-    plain.setdefault("model", {"path": "?"})
-    plain.setdefault("data", {"train": [{"path": "?"}]})
+        around = rest.at(tuple(path))
+        if around is not None:
+            around.mapping.pop(last, None)
+    rest.mapping.setdefault("model", from_python({"path": "?"}, tree.base))
+    rest.mapping.setdefault("data", from_python({"train": [{"path": "?"}]}, tree.base))
     try:
-        return RunConfig.model_validate(plain)
+        return RunConfig.model_validate(rest.plain())
     except ValidationError:
         return None
 

@@ -6,7 +6,7 @@ They stand here, not beside the losses, so that `burnish check` and the JSON sch
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
@@ -17,6 +17,7 @@ class SFT(Strict):
     """Supervised fine-tuning: cross-entropy on the trained tokens, averaged over tokens."""
 
     kind: Literal["sft"] = "sft"
+    """The objective's name."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread evenly over the vocabulary."""
     z_loss: float = Field(default=0.0, ge=0)
@@ -43,7 +44,7 @@ BUILT_IN: dict[str, type[Strict]] = {"sft": SFT}
 
 def tag_of(value: Any) -> str:
     """Which member of the union a value is meant for: the built-in of its kind, else a plug-in."""
-    kind = value.get("kind", "sft") if isinstance(value, dict) else getattr(value, "kind", None)
+    kind: Any = cast(dict[str, Any], value).get("kind", "sft") if isinstance(value, dict) else getattr(value, "kind", None)
     return kind if isinstance(kind, str) and kind in BUILT_IN else "plugin"
 
 

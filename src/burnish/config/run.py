@@ -22,13 +22,21 @@ class RunConfig(Strict):
     """A run: one model, its data, one objective."""
 
     model: Annotated[Model, LongForm("path")]
+    """The model to start from: a path or hub id, or a section."""
     adapter: Annotated[Adapter, LongForm("kind")] | None = None
+    """A low-rank adapter, `lora` or a section. Left out or null: full fine-tuning."""
     data: Data
+    """What is trained on."""
     objective: Objective = SFT()
+    """What is minimised: `sft` or a section."""
     train: Train = Train()
+    """How long, in what steps, how fast."""
     evaluation: Evaluation = Evaluation()
+    """When the held-out data is looked at, and what follows from it."""
     parallel: Parallel = Parallel()
+    """Several devices."""
     save: Save = Save()
+    """Checkpoints."""
     track: list[Tracker] = Field(default=["csv"])
     """Where metrics go besides metrics.jsonl."""
     output: Annotated[str, Location("folder")] = Field(default="runs/default", min_length=1)
@@ -53,6 +61,7 @@ class Check:
     condition: Callable[[RunConfig], str | None]
 
     def __call__(self, run: RunConfig) -> str | None:
+        """What contradicts what, or None."""
         return self.condition(run)
 
 

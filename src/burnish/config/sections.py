@@ -63,10 +63,13 @@ class Adapter(Strict):
     """A low-rank adapter (PEFT). Leave the whole section out for full fine-tuning."""
 
     kind: Literal["lora"] = "lora"
+    """Two small matrices beside each frozen weight (LoRA, 2106.09685)."""
     rank: int = Field(default=16, ge=1)
+    """Inner size of the two matrices: more trains more, and costs more memory."""
     alpha: float = Field(default=32.0, gt=0)
     """The update is scaled by alpha / rank (alpha / sqrt(rank) with `rslora`)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the adapter's inputs set to zero while training."""
     targets: (
         Annotated[str, Field(min_length=1), FreeText(), AfterValidator(_regular_expression)] | Annotated[list[str], Field(min_length=1)]
     ) = "all"
@@ -78,6 +81,7 @@ class Adapter(Strict):
     dora: bool = False
     """Weight-decomposed LoRA (2402.09353)."""
     init: Literal["default", "gaussian", "pissa", "olora", "orthogonal"] = "default"
+    """How the two matrices start."""
     path: Annotated[str, Location("adapter")] | None = None
     """Go on from this saved PEFT adapter instead of a fresh one; its own rank, alpha and targets then hold."""
 
@@ -149,6 +153,7 @@ class Schedule(Strict):
     """How the learning rate moves."""
 
     kind: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "polynomial"] = "cosine"
+    """The curve after the warm-up: `constant`, or a fall that is `linear`, `cosine`, late (`wsd`), `inverse_sqrt` or `polynomial`."""
     warmup: Annotated[float | int | Duration, BeforeValidator(read_warmup)] = 0.03
     """A fraction of all steps (< 1), a number of steps, or a duration."""
     floor: float = Field(default=0.0, ge=0, lt=1)
@@ -168,11 +173,13 @@ class Optimizer(Strict):
     kind: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "muon", "sgd", "adamw_schedule_free"] = (
         "adamw"
     )
+    """The 8-bit and paged ones save memory (extra `quant`); `adamw_schedule_free` needs the extra `optim`."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] | None = None
     """Default: the optimiser's own (AdamW 0.9, 0.999; Lion 0.9, 0.99)."""
     eps: float = Field(default=1e-8, gt=0)
+    """Keeps the division by the gradient's size finite."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """sgd and muon."""
+    """sgd and muon: how much of the last update goes on."""
 
 
 class RateGroup(Strict):
@@ -181,8 +188,9 @@ class RateGroup(Strict):
     match: Annotated[str, Field(min_length=1), FreeText(), AfterValidator(_regular_expression)]
     """Regular expression, searched in the parameter's full name."""
     learning_rate: float | None = Field(default=None, ge=0)
-    """0 freezes them."""
+    """In place of train.learning_rate; 0 leaves them as they are."""
     weight_decay: float | None = Field(default=None, ge=0)
+    """In place of train.weight_decay."""
 
 
 class Train(Strict):
@@ -191,6 +199,7 @@ class Train(Strict):
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the data. One epoch where none of epochs, steps, tokens is given."""
     steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps, instead of epochs."""
     tokens: Tokens | None = None
     """Tokens to train on in all: a number or `1.5B`."""
     batch_size: int | None = Field(default=None, ge=1)
@@ -202,7 +211,9 @@ class Train(Strict):
     learning_rate: float = Field(default=2e-4, ge=0)
     """The peak of the schedule. 2e-4 suits LoRA; full fine-tuning wants about a tenth of it."""
     schedule: Annotated[Schedule, LongForm("kind")] = Schedule()
+    """How the learning rate moves: a kind or a section."""
     optimizer: Annotated[Optimizer, LongForm("kind")] = Optimizer()
+    """A kind or a section."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Applied to matrices, never to biases and norms."""
     clip: float | None = Field(default=1.0, gt=0)
@@ -210,7 +221,7 @@ class Train(Strict):
     lora_plus_ratio: float | None = Field(default=None, gt=0)
     """LoRA+ (2402.12354): learning rate of B over that of A, e.g. 16."""
     rates: list[RateGroup] = Field(default=[])
-    """First match wins."""
+    """Learning rates of their own for parameters by name; the first match wins."""
     precision: FloatType = "auto"
     """Type of the matrix products. `auto` is bfloat16 where the device computes it fast."""
     checkpoint_activations: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_off)] = "auto"
@@ -236,6 +247,7 @@ class Parallel(Strict):
     """Several devices."""
 
     strategy: Literal["auto", "none", "ddp", "fsdp", "deepspeed"] = "auto"
+    """How the work is shared out. `auto`: one device alone, several by data parallelism."""
 
 
 class Save(Strict):

@@ -10,11 +10,12 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import Tag
 
 from burnish.config.base import Duration, FreeText, Kind, Location, LongForm, OneOrMany, Strict
+from burnish.config.document import Value
 
 _WORDS: dict[type, str] = {
     str: "text",
@@ -54,25 +55,23 @@ class Shape:
     kind: Kind | None = None
     free_text: bool = False
 
-    def section(self, value: Any = None) -> type[Strict] | None:
+    def section(self, around: Value = None) -> type[Strict] | None:
         """The section that a mapping is meant to be, chosen by its `kind` where there are several."""
         if not self.sections:
             return None
-        kind = value.get("kind") if isinstance(value, dict) else None
-        kind = getattr(kind, "value", kind)
-        tagged = dict(self.sections)
-        return tagged.get(str(kind)) or (self.sections[0][1] if kind is None else self.sections[-1][1])
+        kind = around["kind"].value if isinstance(around, dict) and "kind" in around else None
+        return dict(self.sections).get(str(kind)) or self.sections[0 if kind is None else -1][1]
 
-    def field(self, key: str | int, value: Any = None) -> Shape | None:
+    def field(self, key: str | int, around: Value = None) -> Shape | None:
         """The shape one step below: a section's key, a list's item, a free mapping's value. None where there is no such key.
 
         Args:
             key: Name or list position.
-            value: The mapping around it, which tells the section where several are possible.
+            around: The mapping around it, which tells the section where several are possible.
         """
         if isinstance(key, int):
             return self.item
-        section = self.section(value)
+        section = self.section(around)
         if section is None:
             return self.entry
         anything = ANYTHING if section.model_config.get("extra") == "allow" else None
@@ -143,7 +142,7 @@ def _read(annotation: Any) -> Shape:
         return Shape(entry=_read(arguments[1]))
     if isinstance(annotation, type) and issubclass(annotation, Strict):
         return Shape(sections=(("", annotation),))
-    return Shape(scalars=frozenset({annotation}))
+    return Shape(scalars=frozenset({cast(type, annotation)}))
 
 
 def _marked(shape: Shape, marks: Any) -> Shape:
@@ -174,7 +173,7 @@ def _either(branches: list[Shape]) -> Shape:
         sections=tuple(section for branch in branches for section in branch.sections),
         item=first("item"),
         entry=first("entry"),
-        scalars=frozenset().union(*(branch.scalars for branch in branches)),
+        scalars=frozenset(kind for branch in branches for kind in branch.scalars),
         choices=tuple(choice for branch in branches for choice in branch.choices),
         short=first("short"),
         one_or_many=bool(first("one_or_many")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -176,9 +176,10 @@ def show(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, dict):
-        return f"a section with {', '.join(map(str, list(value)[:3]))}" if value else "an empty section"
+        keys = [str(key) for key in cast(dict[Any, Any], value)]
+        return f"a section with {', '.join(keys[:3])}" if keys else "an empty section"
     if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
+        return f"a list of {len(cast(list[Any], value))}"
     if isinstance(value, str):
         return f"'{value}'" if len(value) <= 80 else f"'{value[:77]}...'"
     return _number(value)
