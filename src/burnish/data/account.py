@@ -132,7 +132,7 @@ class Packing:
 
 @dataclass(slots=True)
 class Account:
-    """What became of every row and token. `evaluation` is the account of eval sources of their own."""
+    """What became of every row and token. `evaluation` is the account of eval sources of their own, whose kept rows are held out."""
 
     sources: list[SourceAccount] = field(default_factory=list[SourceAccount])
     malformed: list[Malformed] = field(default_factory=list[Malformed])
@@ -236,7 +236,8 @@ def _row_lines(rows: Rows) -> list[tuple[str, str, str]]:
 
 
 def _token_lines(tokens: Tokens) -> list[tuple[str, str, str]]:
-    lost = [("truncated", tokens.truncated), ("dropped", tokens.dropped), ("eval", tokens.eval)]
+    lost = [("held out for eval", tokens.eval), ("truncated", tokens.truncated), ("dropped", tokens.dropped)]
+    lost += [("in masked rows or pieces", tokens.fully_masked), ("duplicate", tokens.duplicate)]
     return [
         ("tokens", f"{tokens.total:,}", ""),
         ("  trained", f"{tokens.trained:,}", share(tokens.trained, tokens.total)),

@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,13 @@ class ExampleBlock:
     trained: IntArray  # [E]
     weights: npt.NDArray[np.float64]  # [E]
     rows: IntArray  # [E]
+
+    def examples(self) -> Iterator[Example]:
+        """The examples, one by one."""
+        ids, runs = np.cumsum(self.lengths), np.cumsum(self.runs)
+        for end, length, last, count in zip(ids.tolist(), self.lengths.tolist(), runs.tolist(), self.runs.tolist(), strict=True):
+            weights = np.repeat(self.run_weights[last - count : last], self.run_lengths[last - count : last])
+            yield Example(self.input_ids[end - length : end], weights)
 
     def select(self, keep: npt.NDArray[np.bool_]) -> ExampleBlock:
         """The examples for which `keep` [E] is true."""

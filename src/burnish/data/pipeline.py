@@ -137,6 +137,14 @@ class Pipeline:
         item = self.formats[task.source].convert(task.row)
         return None if item is None or is_blank(item) else item
 
+    def identity_of(self, task: Task) -> bytes:
+        """The row's identity without rendering it, b"" where it has none."""
+        try:
+            item = self.item(task)
+        except RowError:
+            return b""
+        return b"" if item is None else identity(item)
+
     def fit(self, example: Example) -> tuple[Example, ...]:
         """The pieces of an example that go into the data: itself if it fits, else what `overlong` says.
 

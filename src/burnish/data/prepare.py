@@ -104,7 +104,6 @@ def prepare(data: Data, renderer: Renderer, *, seed: int, progress: bool = True,
         return Prepared(*views, _finished(train.account, views[0], data))
     held = maker.load(data.eval, "eval")
     account = _finished(train.account, train.whole(), data)
-    move_to_eval(held.account, held.whole())
     account.evaluation = _finished(held.account, held.whole(), data)
     both = np.isin(held.store.identities, train.store.identities)
     account.eval_rows_also_in_train = len(np.unique(held.store.turns[both]))

@@ -36,13 +36,16 @@ class Tally:
         self.account.examples += len(chunk.block.lengths)
         return chunk
 
+    def remember(self, task: Task, identity: bytes) -> bool:
+        """Whether an earlier row means the same. A row that comes again because its source is oversampled is no duplicate of itself."""
+        origin = (task.source, task.row.file, task.row.number)
+        return self._first is not None and identity != b"" and self._first.setdefault(identity, origin) != origin
+
     def _without_duplicates(self, tasks: Sequence[Task], chunk: Chunk) -> Chunk:
         if self._first is None:
             return chunk
         for place, (task, identity) in enumerate(zip(tasks, chunk.identities, strict=True)):
-            origin = (task.source, task.row.file, task.row.number)
-            # A row that comes again because its source is oversampled is no duplicate of itself.
-            if identity and self._first.setdefault(identity, origin) != origin:
+            if self.remember(task, identity):
                 chunk.fates[place] = Fate.DUPLICATE
         chunk.block = chunk.block.select((chunk.fates == Fate.KEPT)[chunk.block.rows])
         return chunk

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Failure:
     text: str  # the traceback, for exceptions that are not the input's fault
 
 
-def prepared(tasks: Iterator[list[Task]], pipeline: Pipeline, workers: int | Literal["auto"]) -> Iterator[tuple[list[Task], Chunk]]:
+def prepared(tasks: Iterator[list[Task]], pipeline: Pipeline, workers: int | Literal["auto"]) -> Generator[tuple[list[Task], Chunk]]:
     """Prepares chunks in as many processes as asked for, and gives them back in order.
 
     `auto` begins in this process, because most data sets are done before a worker has started, and goes on with a worker for each core.
