@@ -1,4 +1,4 @@
-"""The invariants of training, on whole models and for every parameter: packed == padded == one by one, nothing leaks, cuts do not matter."""
+"""The invariants of training on whole models, for every parameter: packed == padded == one by one, no leaks, cuts do not matter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from .families import EXPERTS, FAMILIES, SEGMENT_BY_SEGMENT, VOCABULARY, build
 from peft import LoraConfig, get_peft_model
 
 from burnish.config.objectives import SFT
@@ -16,6 +15,8 @@ from burnish.data.collate import collate
 from burnish.data.types import Example
 from burnish.models.policy import Policy
 from burnish.objectives.sft import SFTObjective
+
+from .families import EXPERTS, FAMILIES, SEGMENT_BY_SEGMENT, VOCABULARY, build
 
 LENGTHS = (9, 5, 12)
 
