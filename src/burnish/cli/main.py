@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, did_you_mean
 
 app = typer.Typer(
     name="burnish",
@@ -114,12 +114,38 @@ def recipes(
 def main() -> None:
     """The entry point: runs a command and turns errors into messages and exit codes."""
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], prog_name="burnish", standalone_mode=False)
+    except _USAGE_ERROR as error:
+        print(f"error: {_usage_sentence(error)}\nTry 'burnish --help', or 'burnish COMMAND --help'.", file=sys.stderr)
+        sys.exit(2)
     except BurnishError as error:
         from burnish.core.log import print_error
 
         print_error(error)
         sys.exit(error.exit_code)
+    sys.exit(code or 0)
+
+
+# The base of all mistakes on the command line, which typer itself does not export.
+_USAGE_ERROR: Any = typer.BadParameter.__base__
+
+
+def _usage_sentence(error: Any) -> str:
+    """The parser's complaint in our words, with the nearest name, and the way to what was probably meant."""
+    message: str = error.format_message().strip().removesuffix(".")
+    option: str | None = getattr(error, "option_name", None)
+    if option and message.startswith("No such option"):
+        known = [name for parameter in error.ctx.command.params for name in parameter.opts if name.startswith("--")] if error.ctx else []
+        if "." in option:
+            return f"there is no option '{option}'; a value of the run file is replaced by {option.lstrip('-')}=VALUE, without dashes"
+        return f"there is no option '{option}'; {did_you_mean(option, [*known, '--help'])}"
+    if message.startswith("No such command"):
+        name = message.split("'")[1]
+        if name.endswith((".yaml", ".yml")):
+            return f"there is no command '{name}'; did you mean 'burnish train {name}'?"
+        commands = [command.callback.__name__ for command in app.registered_commands if command.callback]
+        return f"there is no command '{name}'; {did_you_mean(name, commands)}"
+    return f"{message[0].lower()}{message[1:]}"
 
 
 if __name__ == "__main__":

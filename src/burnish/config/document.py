@@ -164,6 +164,12 @@ def read_value(text: str) -> Plain:
     return entry.plain() if entry else None
 
 
+def nearest_file(path: Path, pattern: str = "*") -> str | None:
+    """The name beside `path` that it was probably meant to be. A suffix in common makes two names no closer."""
+    names = [file.name for file in path.parent.glob(pattern)] if path.parent.is_dir() else []
+    return nearest(path.name, [name for name in names if nearest(path.stem, [Path(name).stem])])
+
+
 def _text_of(path: Path, faults: list[Fault]) -> str | None:
     where = Where(str(path))
     if path.is_dir():
@@ -172,8 +178,7 @@ def _text_of(path: Path, faults: list[Fault]) -> str | None:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        others = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        match = nearest(path.name, others)
+        match = nearest_file(path, "*.y*ml")
         faults.append(Fault(f"no such file{f'; did you mean {path.with_name(match)}?' if match else ''}", where=where))
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1

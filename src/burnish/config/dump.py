@@ -30,7 +30,7 @@ def dump_run(config: RunConfig) -> str:
 def resolved(config: RunConfig) -> dict[str, Plain]:
     """The run as plain values that JSON and YAML can hold."""
     plain = _plain(config)
-    for key, (written, value) in config._written.items():  # pyright: ignore[reportPrivateUsage]  # meant for this
+    for key, (written, value) in config.environment.items():
         _replace(plain, key.split("."), value, written)
     return {key: _redacted(value) for key, value in plain.items()}
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
@@ -24,7 +24,7 @@ from burnish.config.run import CHECKS, RunConfig
 from burnish.config.translate import translate
 from burnish.core.errors import ConfigError, Where
 
-__all__ = ["LoadedRun", "dump_run", "examine", "load_run", "parse_run"]
+__all__ = ["LoadedRun", "dump_run", "examine", "load_run", "parse_run", "raise_faults"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def _build(tree: Entry, overrides: Sequence[str], faults: list[Fault], path: Pat
     config = _validate(tree, places, faults)
     if config is None or faults:
         return None
-    config._written.update(written)  # pyright: ignore[reportPrivateUsage]  # filled in here and nowhere else
+    config.environment.update(written)
     return LoadedRun(config, path, places)
 
 
@@ -151,8 +151,17 @@ def _nearest_place(key: str, places: Mapping[str, Where]) -> Where | None:
 
 
 def _sound(loaded: LoadedRun | None, faults: Sequence[Fault], name: str) -> LoadedRun:
-    if loaded is not None and not faults:
-        return loaded
+    if loaded is None:
+        raise_faults(faults, name)
+    return loaded
+
+
+def raise_faults(faults: Sequence[Fault], name: str) -> NoReturn:
+    """Raises all faults as one error; `name` says what has them.
+
+    Raises:
+        ConfigError: always.
+    """
     if len(faults) == 1:
         raise ConfigError(str(faults[0]), faults=[str(faults[0])])
     raise ConfigError(f"{name} has {len(faults)} faults:", faults=[str(fault) for fault in faults])

@@ -13,10 +13,10 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from burnish.config.document import Entry, Fault
+from burnish.config.document import Entry, Fault, nearest_file
 from burnish.config.shape import Shape
 from burnish.core import plugins
-from burnish.core.errors import ConfigError, did_you_mean, nearest
+from burnish.core.errors import ConfigError, did_you_mean
 
 REDACTED = "REDACTED"
 _VARIABLE = re.compile(r"\$\{(\w*)\}")
@@ -181,12 +181,7 @@ def _is_path(text: str) -> bool:
 def _is_misspelt(text: str, base: Path) -> bool:
     # `rows.jso` could be a hub id, but not beside a `rows.json`.
     path = Path(text)
-    return bool(path.suffix) and any(_neighbour(place, path.suffix) for place in _candidates(text, base))
-
-
-def _neighbour(path: Path, suffix: str = "") -> str | None:
-    names = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-    return nearest(path.name, [name for name in names if not suffix or Path(name).suffix])
+    return bool(path.suffix) and any(nearest_file(place, "*.*") for place in _candidates(text, base))
 
 
 def _glob(text: str, base: Path) -> str:
@@ -200,7 +195,7 @@ def _glob(text: str, base: Path) -> str:
 def _missing(text: str, base: Path, expected: str) -> ConfigError:
     tried = _candidates(text, base)
     for path in tried:
-        if match := _neighbour(path):
+        if match := nearest_file(path):
             return ConfigError(f"nothing at '{text}'; did you mean '{Path(text).parent / match}'?")
     looked = f" (looked in {' and '.join(str(path.parent) for path in tried)})"
     return ConfigError(f"nothing at '{text}'{looked}; {expected}")

@@ -45,7 +45,12 @@ class RunConfig(Strict):
     """Go on from the newest checkpoint in `output` where there is one, or refuse to touch a folder that holds a run."""
 
     _written: dict[str, tuple[str, str]] = PrivateAttr(default_factory=dict[str, tuple[str, str]])
-    """Dotted key -> (text with `${NAME}` as written, value): so that no value of the environment reaches a saved file."""
+    # Dotted key -> (text with `${NAME}` as written, value): so that no value of the environment reaches a saved file.
+
+    @property
+    def environment(self) -> dict[str, tuple[str, str]]:
+        """What was filled in from the environment: dotted key -> (text with `${NAME}` as written, value). Never save the value."""
+        return self._written
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def run_schema() -> dict[str, Any]:
 
 def _tidy(section: dict[str, Any]) -> dict[str, Any]:
     """Without what a reader does not need: the class's name as title, whole sections as defaults."""
-    properties = {
+    properties: dict[str, Any] = {
         key: {word: value for word, value in field.items() if word != "default" or not isinstance(value, dict) or not value}
         for key, field in section.get("properties", {}).items()
     }
