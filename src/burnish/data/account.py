@@ -101,21 +101,22 @@ class Lengths:
     histogram: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
 
     @classmethod
-    def of(cls, lengths: npt.NDArray[np.int32]) -> Lengths:
+    def of(cls, lengths: Sequence[int] | npt.NDArray[np.int32]) -> Lengths:
         """Summarises lengths [N]; the bars are a power of two wide, at most sixteen of them."""
         if not len(lengths):
             return cls()
-        longest = int(lengths.max())
+        sizes = np.asarray(lengths, np.int64)
+        longest = int(sizes.max())
         width = 1
         while width * 16 < longest:
             width *= 2
-        counts = np.bincount((lengths.astype(np.int64) - 1) // width)
+        counts = np.bincount((sizes - 1) // width)
         bars = [(place * width + 1, (place + 1) * width, int(count)) for place, count in enumerate(counts.tolist())]
         return cls(
-            min=int(lengths.min()),
-            mean=round(float(lengths.mean()), 2),
-            median=float(np.median(lengths)),
-            p95=round(float(np.percentile(lengths, 95)), 1),
+            min=int(sizes.min()),
+            mean=round(float(sizes.mean()), 2),
+            median=float(np.median(sizes)),
+            p95=round(float(np.percentile(sizes, 95)), 1),
             max=longest,
             histogram=bars,
         )
@@ -192,12 +193,11 @@ class Account:
 
     def table(self) -> RenderableType:
         """The account for the console: rows, tokens, and the first malformed places."""
-        rows, tokens = self.rows, self.tokens
         grid = Table(box=None, pad_edge=False, show_header=False)
         grid.add_column()
         grid.add_column(justify="right")
         grid.add_column(style="dim")
-        for name, count, remark in [*_row_lines(rows), *_token_lines(tokens), *self._packing_lines()]:
+        for name, count, remark in self.lines():
             grid.add_row(name, count, remark)
         parts: list[RenderableType] = [_source_table(self.sources), grid] if len(self.sources) > 1 else [grid]
         parts += [Text(f"malformed: {place.file}, row {place.row}: {place.reason}", style="yellow") for place in self.malformed[:5]]
@@ -207,6 +207,10 @@ class Account:
         if self.eval_rows_also_in_train:
             parts.append(Text(f"{self.eval_rows_also_in_train:,} eval rows are also trained on", style="yellow"))
         return Group(*parts)
+
+    def lines(self) -> list[tuple[str, str, str]]:
+        """The account in lines for people: what, how much, a remark. Fates that nothing met are left out."""
+        return [*_row_lines(self.rows), *_token_lines(self.tokens), *self._packing_lines()]
 
     def _packing_lines(self) -> list[tuple[str, str, str]]:
         if self.packing is None:

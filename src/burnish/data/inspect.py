@@ -1,0 +1,278 @@
+"""What is trained on, for people to see: an account, a histogram of lengths, and rows with their trained tokens in colour.
+
+Text of the data set is never trusted: control characters (which could move a terminal's cursor or recolour it) and marks that turn the
+direction of writing are shown as symbols, and everything in the page is escaped.
+"""
+
+from __future__ import annotations
+
+import html
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from burnish.config.sections import Data
+from burnish.core.errors import DataError, Where
+from burnish.data.account import Account, Lengths, share
+from burnish.data.pipeline import Renderer, Task
+from burnish.data.prepare import OpenSet, open_set, pipeline_of
+from burnish.data.types import Example
+
+_BAR_WIDTH = 40
+_UNFINISHED = "\ufffd"  # what a tokenizer decodes the bytes of half a character to
+
+
+class Tokenizer(Protocol):
+    """What is needed of a Hugging Face tokenizer."""
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of the special tokens."""
+        ...
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
+        """Ids to text."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """An example with what it takes to show it. All lists have one entry for each token."""
+
+    file: str
+    row: int
+    ids: list[int] = field(default_factory=list[int])
+    trained: list[int] = field(default_factory=list[int])  # 1 or 0
+    tokens: list[str] = field(default_factory=list[str])  # joined, they are the decoded text
+    special: list[bool] = field(default_factory=list[bool])
+    remark: str = ""
+
+    @property
+    def title(self) -> str:
+        """Where the example comes from, and how much of it is trained."""
+        counts = f"{len(self.ids):,} tokens, {sum(self.trained):,} trained ({share(sum(self.trained), len(self.ids)) or 'nothing'})"
+        return f"{self.file}, row {self.row}: {counts}{f'; {self.remark}' if self.remark else ''}"
+
+    def to_json(self) -> dict[str, Any]:
+        """What `burnish data --row N --json` prints."""
+        return {"ids": self.ids, "trained": self.trained, "tokens": self.tokens}
+
+
+def show(examples: Sequence[Example], tokenizer: Tokenizer, origin: tuple[str, int], remark: str = "") -> Shown:
+    """Makes one row's examples (several where an overlong row is split) ready to be shown."""
+    special = set(tokenizer.all_special_ids)
+    shown = Shown(*origin, remark=remark)
+    for example in examples:
+        ids = [int(token) for token in example.input_ids]
+        shown.ids.extend(ids)
+        shown.trained.extend(trained_flags(example))
+        shown.tokens.extend(token_texts(ids, tokenizer))
+        shown.special.extend(token in special for token in ids)
+    return shown
+
+
+def trained_flags(example: Example) -> list[int]:
+    """1 for every token that is trained; the first never is, since nothing comes before it that could predict it."""
+    flags = (example.weights > 0).astype(int)
+    flags[:1] = 0
+    return flags.tolist()
+
+
+def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """The text that each token adds.
+
+    Tokens are decoded together with those before them, since some tokenizers drop a leading space at the beginning of a text. Where a
+    character is spread over several tokens, the last of them has it and the others are empty.
+    """
+    texts: list[str] = []
+    start, done = 0, 0  # tokens start..done are decoded already and serve as context
+    for end in range(1, len(ids) + 1):
+        before, now = _decode(tokenizer, ids[start:done]), _decode(tokenizer, ids[start:end])
+        unfinished = now.endswith(_UNFINISHED) and end < len(ids) and end - done < 4  # no character has more than four bytes
+        if unfinished or len(now) <= len(before):
+            texts.append("")
+            continue
+        texts.append(now[len(before) :])
+        start, done = done, end
+    return texts
+
+
+def row_number(data: Data, renderer: Renderer, tokenizer: Tokenizer, number: int, *, seed: int, base: Path = Path()) -> Shown:
+    """The row that `--row` asks for, prepared as for training.
+
+    Rows count from 1 through all sources in turn. With a single source, the number is the one that messages name.
+
+    Raises:
+        DataError: there is no such row, or it cannot be prepared.
+    """
+    opened = open_set(data.train, seed=seed, base=base)
+    pipeline = pipeline_of(data, opened, renderer)
+    task = _find(opened, number)
+    origin, where = (task.row.file, task.row.number), task.row.where()
+    item = pipeline.item(task)
+    if item is None:
+        return show([], tokenizer, origin, "empty, left out")
+    example = renderer.render(item, where=where)
+    try:
+        pieces = pipeline.fit(example)
+    except DataError as error:
+        raise DataError(error.message, where=where, hint=error.hint) from error
+    return show(pieces, tokenizer, origin, _remark(example, pieces))
+
+
+def _find(opened: OpenSet, number: int) -> Task:
+    count = 0
+    for place, source in enumerate(opened.sources):
+        first_file: str | None = None
+        for row in source.rows():
+            count += 1
+            first_file = first_file or row.file
+            named_by_file = len(opened.sources) == 1 and row.file == first_file
+            if number == (row.number if named_by_file else count):
+                return Task(place, row)
+    names = ", ".join(source.name for source in opened.sources)
+    raise DataError(f"there is no row {number:,}: {count:,} rows were read", where=Where(names))
+
+
+def _remark(example: Example, pieces: Sequence[Example]) -> str:
+    length, left = len(example.input_ids), sum(len(piece.input_ids) for piece in pieces)
+    remarks: list[str] = []
+    if not pieces:
+        remarks.append(f"dropped, since its {length:,} tokens are more than data.max_length")
+    elif left < length:
+        remarks.append(f"{length - left:,} tokens cut off")
+    elif len(pieces) > 1:
+        remarks.append(f"split into {len(pieces)} pieces")
+    if pieces and not any(any(trained_flags(piece)) for piece in pieces):
+        remarks.append("fully masked, left out")
+    return ", ".join(remarks)
+
+
+# -- the terminal -------------------------------------------------------------------------------------------------------------------
+
+
+def coloured(shown: Shown) -> Text:
+    """The row's text: trained tokens green, masked ones dim, special tokens bold, white space visible."""
+    text = Text(overflow="fold")
+    for token, trained, special in zip(visible(shown.tokens), shown.trained, shown.special, strict=True):
+        style = "green" if trained else "dim"
+        text.append(token, f"bold {style}" if special else style)
+    return text
+
+
+def view(account: Account, rows: Iterable[Shown]) -> RenderableType:
+    """Account, histogram and rows for the console."""
+    parts: list[RenderableType] = [account.table(), Text(), histogram(account.lengths)]
+    for shown in rows:
+        parts += [Text(), heading(shown), coloured(shown)]
+    return Group(*parts)
+
+
+def heading(shown: Shown) -> Text:
+    """A line above a row."""
+    return Text(visible([shown.title])[0], style="bold")
+
+
+def histogram(lengths: Lengths) -> RenderableType:
+    """Bars of the examples' lengths."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("length in tokens", justify="right")
+    table.add_column("examples", justify="right")
+    table.add_column(f"mean {lengths.mean:g}, median {lengths.median:g}, 95 % up to {lengths.p95:g}", style="cyan")
+    for start, end, count in lengths.histogram:
+        table.add_row(f"{start:,} to {end:,}", f"{count:,}", _bar(count, lengths))
+    return table
+
+
+def _bar(count: int, lengths: Lengths) -> str:
+    most = max(count for _, _, count in lengths.histogram)
+    eighths = round(count / most * _BAR_WIDTH * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def visible(tokens: Sequence[str]) -> list[str]:
+    """The tokens with white space and control characters to be seen: line ends, tabs, and spaces that do not just part two words."""
+    whole = "".join(tokens)
+    drawn = [_drawn(whole, place) for place in range(len(whole))]
+    ends = np.cumsum([0, *map(len, tokens)]).tolist()
+    return ["".join(drawn[start:end]) for start, end in pairwise(ends)]
+
+
+def _drawn(text: str, place: int) -> str:
+    character = text[place]
+    if character == "\n":
+        return "⏎\n"
+    if character == "\t":
+        return "⇥"
+    if character == " ":
+        lonely = 0 < place < len(text) - 1 and not text[place - 1].isspace() and not text[place + 1].isspace()
+        return " " if lonely else "·"
+    if ord(character) < 0x20:
+        return chr(0x2400 + ord(character))
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        return f"‹U+{ord(character):04X}›"
+    return character
+
+
+# -- the page -----------------------------------------------------------------------------------------------------------------------
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title><style>
+body{{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#1b1f24;background:#fff}}
+table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.1rem .8rem .1rem 0;text-align:left}}td.n{{text-align:right}}
+td.bar{{width:24rem}}td.bar i{{display:block;height:.8rem;background:#2da44e}}
+pre{{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.6 ui-monospace,monospace;background:#f6f8fa;padding:1rem;border-radius:6px}}
+h2{{font-size:1rem;margin-top:2rem;overflow-wrap:anywhere}}.t{{color:#116329;background:#dafbe1}}.m{{color:#6e7781}}.s{{font-weight:bold}}
+@media(prefers-color-scheme:dark){{body{{background:#0d1117;color:#e6edf3}}pre{{background:#161b22}}.t{{color:#7ee787;background:#12261e}}
+.m{{color:#8b949e}}}}
+</style></head><body><h1>{title}</h1>
+<p>Tokens on <span class="t">green</span> are trained, <span class="m">grey</span> ones are context only, <b>bold</b> ones are special.</p>
+{body}
+</body></html>
+"""
+
+
+def page(title: str, account: Account | None, rows: Iterable[Shown]) -> str:
+    """The same view as one HTML document that loads nothing and runs nothing. Tokens show their number and id under the pointer."""
+    parts = [] if account is None else [_account_part(account), _histogram_part(account.lengths)]
+    parts += [f"<h2>{html.escape(visible([shown.title])[0])}</h2>\n<pre>{''.join(_spans(shown))}</pre>" for shown in rows]
+    return _PAGE.format(title=html.escape(title), body="\n".join(parts))
+
+
+def _spans(shown: Shown) -> Iterator[str]:
+    for place, text in enumerate(visible(shown.tokens)):
+        kind = ("t" if shown.trained[place] else "m") + (" s" if shown.special[place] else "")
+        yield f'<span class="{kind}" title="token {place + 1}, id {shown.ids[place]}">{html.escape(text)}</span>'
+
+
+def _account_part(account: Account) -> str:
+    lines = "".join(
+        f'<tr><td>{html.escape(name)}</td><td class="n">{html.escape(count)}</td><td class="m">{html.escape(remark)}</td></tr>'
+        for name, count, remark in account.lines()
+    )
+    malformed = "".join(f"<li>{html.escape(f'{place.file}, row {place.row}: {place.reason}')}</li>" for place in account.malformed)
+    return f"<table>{lines}</table>" + (f"<p>Malformed rows:</p><ul>{malformed}</ul>" if malformed else "")
+
+
+def _histogram_part(lengths: Lengths) -> str:
+    most = max((count for _, _, count in lengths.histogram), default=1)
+    lines = "".join(
+        f'<tr><td class="n">{start:,} to {end:,}</td><td class="n">{count:,}</td>'
+        f'<td class="bar"><i style="width:{100 * count / most:.1f}%"></i></td></tr>'
+        for start, end, count in lengths.histogram
+    )
+    return f"<table><tr><th>length in tokens</th><th>examples</th><th></th></tr>{lines}</table>"
+
+
+def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
