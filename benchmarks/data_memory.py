@@ -95,9 +95,8 @@ def main() -> None:
     account = prepared.account
     print(f"{account.rows.read:,} rows, {account.tokens.rendered:,} tokens, {seconds:.0f} s: {account.rows.read / seconds:,.0f} rows/s")
     print(f"cache {cache / 2**20:,.0f} MiB; bins {account.packing.fullness:.2%} full; {tokens:,} tokens in the first 20 steps")
-    print(
-        f"peak memory of main and {options.workers} workers: {peak.bytes / 2**20:,.0f} MiB ({'within' if peak.bytes < PROMISE else 'OVER'} 2 GiB)"
-    )
+    verdict = "within" if peak.bytes < PROMISE else "OVER"
+    print(f"peak memory of main and {options.workers} workers: {peak.bytes / 2**20:,.0f} MiB, {verdict} 2 GiB")
     raise SystemExit(0 if peak.bytes < PROMISE else 1)
 
 
