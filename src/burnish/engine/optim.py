@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.optimization import Adafactor
 
 from burnish.config.sections import Optimizer as OptimizerConfig
 from burnish.config.sections import RateGroup, Train
@@ -231,7 +230,9 @@ def _adamw(groups: list[Group], config: OptimizerConfig) -> torch.optim.Optimize
 def _adafactor(groups: list[Group], config: OptimizerConfig) -> torch.optim.Optimizer:
     # The run's learning rate is the rate (1804.04235, section 9 without relative steps): with updates scaled by the parameter's own
     # size LoRA's B, which starts at zero, would hardly move.
-    return Adafactor(groups, scale_parameter=False, relative_step=False, warmup_init=False)
+    # Imported when it is asked for, because half of transformers' trainer comes with it.
+    package = _package("transformers.optimization", config.kind, "optim")
+    return package.Adafactor(groups, lr=groups[0]["lr"], scale_parameter=False, relative_step=False, warmup_init=False)
 
 
 def _lion(groups: list[Group], config: OptimizerConfig) -> torch.optim.Optimizer:
