@@ -11,8 +11,8 @@ or the loop in your own hands, with a loss of your own if you like:
         run.step(loss)                         backward; with the last micro-batch of a step also clip, check, update
     run.save()
 
-Each part is built when it is first asked for, in the order in which the properties stand here: the data before the model, so that bad rows are
-found before weights are loaded, and everything before the run folder, so that bad input leaves nothing behind.
+Each part is built when it is first asked for, in the order in which the properties stand here: the data before the model, so that bad rows
+are found before weights are loaded, and everything before the run folder, so that bad input leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ from burnish.config.sections import Adapter, Model
 from burnish.core import plugins
 from burnish.core.errors import CheckpointError, ConfigError, Where
 from burnish.core.log import info
+from burnish.data.account import Account
+from burnish.data.cache import Examples
 from burnish.data.loader import Loader, eval_batches
 from burnish.data.prepare import Prepared, prepare
 from burnish.data.render import Renderer
+from burnish.data.stream import StreamLoader
 from burnish.data.types import Batch
 from burnish.engine import checkpoint, loop
 from burnish.engine.backend import Backend, Precision
@@ -45,7 +48,7 @@ from burnish.engine.events import Callback
 from burnish.engine.optim import build_optimizer
 from burnish.engine.report import write_report
 from burnish.engine.resume import identity_of
-from burnish.engine.step import StepResult, Stepper
+from burnish.engine.step import Stepper, StepResult
 from burnish.models.adapters import attach
 from burnish.models.load import load_model
 from burnish.models.policy import Policy
@@ -117,8 +120,51 @@ class Run:
 
     @cached_property
     def data(self) -> Prepared:
-        """The tokenised data and its account."""
-        return prepare(self.config.data, self.renderer, seed=self.config.train.seed)
+        """The tokenised data and its account; of streamed data, which is not there yet, see `loader` and `held_out`."""
+        return prepare(self.config.data, self.renderer, seed=self.config.train.seed, base=self.base)
+
+    @cached_property
+    def held_out(self) -> Examples | None:
+        """The tokenised held-out data."""
+        data = self.config.data
+        if not data.streaming:
+            return self.data.eval
+        if data.eval is None:
+            return None
+        alone = data.model_copy(update={"train": data.eval, "eval": None, "streaming": False})
+        return prepare(alone, self.renderer, seed=self.config.train.seed, base=self.base).train
+
+    @property
+    def account(self) -> Account:
+        """What became of every row and token; it grows while data is streamed."""
+        return self.loader.account if isinstance(self.loader, StreamLoader) else self.data.account
+
+    @cached_property
+    def loader(self) -> Loader | StreamLoader:
+        """The micro-batches of each step."""
+        train, data = self.config.train, self.config.data
+        batch_size = None if train.batch_tokens else train.batch_size or DEFAULT_BATCH_SIZE
+        device = {"rank": self.backend.rank, "world_size": self.backend.world_size, "micro_batch_tokens": self.micro_batch_tokens}
+        if data.streaming:
+            return StreamLoader(
+                data, self.renderer, batch_size=batch_size, batch_tokens=train.batch_tokens, seed=train.seed, base=self.base, **device
+            )
+        return Loader(
+            self.data.train,
+            batch_size=batch_size,
+            batch_tokens=train.batch_tokens,
+            max_length=data.max_length,
+            packing=data.packing,
+            shuffle=data.shuffle,
+            seed=train.seed,
+            **device,
+        )
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Most tokens computed at once."""
+        asked = self.config.train.micro_batch_tokens
+        return MICRO_BATCH_TOKENS.get(self.backend.device.type, 8192) if asked == "auto" else asked
 
     @cached_property
     def policy(self) -> Policy:
@@ -136,37 +182,16 @@ class Run:
         return build_objective(self.config, self.base)
 
     @cached_property
-    def loader(self) -> Loader:
-        """The micro-batches of each step."""
-        train, data = self.config.train, self.config.data
-        return Loader(
-            self.data.train,
-            batch_size=None if train.batch_tokens else train.batch_size or DEFAULT_BATCH_SIZE,
-            batch_tokens=train.batch_tokens,
-            max_length=data.max_length,
-            micro_batch_tokens=self.micro_batch_tokens,
-            packing=data.packing,
-            shuffle=data.shuffle,
-            seed=train.seed,
-            rank=self.backend.rank,
-            world_size=self.backend.world_size,
-        )
-
-    @property
-    def micro_batch_tokens(self) -> int:
-        """Most tokens computed at once."""
-        asked = self.config.train.micro_batch_tokens
-        return MICRO_BATCH_TOKENS.get(self.backend.device.type, 8192) if asked == "auto" else asked
-
-    @cached_property
     def job(self) -> loop.Job:
         """All of it, as the training loop takes it."""
-        held_out, tokens, packing = self.data.eval, self.micro_batch_tokens, self.config.data.packing
-        passes = partial(eval_batches, held_out, tokens, self.backend.rank, self.backend.world_size, packing=packing) if held_out else None
+        source, held_out = self.loader, self.held_out
+        cut = (self.micro_batch_tokens, self.backend.rank, self.backend.world_size)
+        passes = partial(eval_batches, held_out, *cut, packing=self.config.data.packing) if held_out is not None else None
+        fingerprint = {} if self.config.data.streaming else {"data.fingerprint": self.data.train.fingerprint}
         return loop.Job(
             policy=self.policy,
             objective=self.objective,
-            source=self.loader,
+            source=source,
             optimizer=build_optimizer(self.policy.trainable(), self.config.train),
             backend=self.backend,
             train=self.config.train,
@@ -175,7 +200,7 @@ class Run:
             save=self.config.save,
             eval_batches=passes,
             callbacks=self.callbacks,
-            identity=identity_of(self.config) | {"data.fingerprint": self.data.fingerprint},
+            identity=identity_of(self.config) | fingerprint,
             resume=self.config.resume == "auto",
         )
 
@@ -263,7 +288,7 @@ class Run:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "run.yaml").write_text(dump_run(self.config), encoding="utf-8")
-        (self.folder / "data.json").write_text(json.dumps(self.data.account.to_json(), indent=2) + "\n", encoding="utf-8")
+        (self.folder / "data.json").write_text(json.dumps(self.account.to_json(), indent=2) + "\n", encoding="utf-8")
 
     def _refuse_to_overwrite(self) -> None:
         if self.config.resume == "never" and checkpoint.newest(self.folder / "checkpoints") is not None:
@@ -284,9 +309,7 @@ class Run:
 
 def build_policy(model: Model, adapter: Adapter | None, backend: Backend, tokenizer: PreTrainedTokenizerFast) -> Policy:
     """Loads a model, puts the adapter on it, and wraps both as a policy."""
-    whole = load_model(
-        model, compute_dtype=backend.storage_dtype, device=backend.device, trainable=adapter is None, tokenizer=tokenizer
-    )
+    whole = load_model(model, compute_dtype=backend.storage_dtype, device=backend.device, trainable=adapter is None, tokenizer=tokenizer)
     trained: nn.Module = whole
     if adapter is not None:
         trained = attach(whole, adapter, new_token_ids=add_tokens(tokenizer, model.new_tokens), revision=model.revision)
@@ -350,7 +373,8 @@ def load(
         precision: Type of the matrix products; `auto` is bfloat16 where the device computes it fast.
 
     Returns:
-        A Policy: `.model` is an ordinary transformers (or PEFT) model, which the HF Trainer and TRL take as it is, and `.tokenizer` its tokenizer.
+        A Policy: `.model` is an ordinary transformers (or PEFT) model, which the HF Trainer and TRL take as it is, and
+        `.tokenizer` its tokenizer.
         Its own `token_stats` computes flat batches without padding and without stored logits.
 
     Raises:

@@ -56,15 +56,15 @@ def sft(
 class SFTObjective:
     """Cross-entropy on the trained tokens.
 
-    Metrics: `loss` is the plain, weighted negative log-likelihood (what perplexity is made of, whatever the smoothing), `accuracy` the
+    Metrics: `nll` is the plain, weighted negative log-likelihood (what perplexity is made of, whatever the smoothing), `accuracy` the
     share of trained tokens that are the model's first choice, `entropy` (on request) the mean entropy of its predictions.
     NEFTune noise belongs to the model's input: `Policy.noise(config.neftune_alpha)` switches it on.
     """
 
     needs_reference = False
 
-    def __init__(self, config: SFT | None = None, *, entropy: bool = False) -> None:
-        self.config = config or SFT()
+    def __init__(self, config: SFT, *, entropy: bool = False) -> None:
+        self.config = config
         want = {"correct"}
         if self.config.label_smoothing:
             want |= {"logsumexp", "mean_logit"}
@@ -86,9 +86,13 @@ class SFTObjective:
             z_loss=self.config.z_loss,
         )
         count = float(batch.targets.shape[0])
-        metrics = {"loss": (-(batch.token_weights * stats.logprobs.detach()).sum(), batch.weight)}
+        metrics = {"nll": (-(batch.token_weights * stats.logprobs.detach()).sum(), batch.weight)}
         if stats.correct is not None:
             metrics["accuracy"] = (stats.correct.sum(), count)
         if stats.entropy is not None:
             metrics["entropy"] = (stats.entropy.detach().sum(), count)
         return Loss(losses.sum(), metrics)
+
+
+build = SFTObjective
+"""What `objective: sft` builds."""

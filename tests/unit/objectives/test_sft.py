@@ -73,7 +73,7 @@ def test_objective_sums_and_reports_the_plain_loss(config):
     weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
     torch.testing.assert_close(loss.sum.detach(), ((smooth + penalty) * weights).sum())
     assert loss.sum.requires_grad
-    total, weight = loss.metrics["loss"]
+    total, weight = loss.metrics["nll"]
     torch.testing.assert_close(total, (nll * weights).sum())
     assert weight == 1.5
     assert not total.requires_grad
