@@ -49,7 +49,7 @@ class Model(Strict):
     """Storage type of the frozen weights. `auto` follows train.precision. Trained weights are always kept in float32."""
     quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
     """Quantise the frozen base weights (needs an adapter): `nf4` with `adapter: lora` is QLoRA."""
-    attention: Literal["auto", "varlen", "flex", "sdpa", "eager"] = "auto"
+    attention: Literal["auto", "varlen", "sdpa", "eager"] = "auto"
     """How attention is computed. `auto`: varlen flash attention on CUDA, per-segment SDPA elsewhere."""
     chat_template: Annotated[str, Location("template")] | None = None
     """A built-in template's name (`chatml`, `llama3`, `alpaca` ...) or a `.jinja` file. Left out: the model's own."""
