@@ -1,0 +1,84 @@
+"""The checks across keys: each contradiction has its sentence, and no sensible run is refused."""
+
+# ruff: noqa: E501  # a table with a case a line reads best
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from burnish.config import run as module
+from burnish.config.load import LoadedRun
+from burnish.config.run import CHECKS, EXCLUSIVE, Check, RunConfig, sources
+
+Load = Callable[..., LoadedRun]
+Message = Callable[..., str]
+
+
+@pytest.mark.parametrize(
+    ("check", "overrides", "said"),
+    [
+        ("one_length", ["train.steps=5", "train.tokens=1M"], "command line: train.steps: steps and tokens of train exclude each other; give one of them"),
+        ("one_batch_size", ["train.batch_size=4", "train.batch_tokens=4096"], "command line: train.batch_tokens: batch_size and batch_tokens of train exclude each other; give one of them"),
+        ("longest_example_fits", ["train.batch_tokens=1024"], "command line: train.batch_tokens is 1024, which does not hold one example of data.max_length = 2048 tokens"),
+        ("quantized_needs_adapter", ["model.quantize=nf4"], "command line: model.quantize: nf4 freezes the base weights, so it needs an adapter to train, e.g. adapter: lora"),
+        ("init_needs_full_weights", ["model.quantize=nf4", "adapter.init=pissa"], "command line: adapter.init: pissa decomposes the base weights, which model.quantize: nf4 does not keep"),
+        ("saved_adapter_keeps_its_shape", ["adapter={path: org/saved, rank: 8, targets: mlp}"], "command line: adapter.path goes on from a saved adapter, which brings its own rank and targets; leave them out"),
+        ("lora_plus_needs_adapter", ["train.lora_plus_ratio=16"], "command line: train.lora_plus_ratio sets the rate of an adapter's matrices, but there is no adapter"),
+        ("stream_needs_length", ["data.streaming=true"], "command line: data.streaming does not know how long an epoch is; give train.steps or train.tokens instead of epochs"),
+        ("stream_cannot_be_split", ["data.streaming=true", "train.steps=5", "data.eval=0.1"], "command line: data.eval: 0.1 is a share of rows that data.streaming cannot count; name a data set for it"),
+        ("sample_needs_limit", ["data.train.sample=true"], "needs limit, the number of rows to take"),
+        ("patience_needs_evaluation", ["evaluation.patience=2"], "command line: evaluation.patience stops early by the eval loss, so it needs data.eval"),
+        ("patience_needs_evaluation", ["evaluation={patience: 2, every: null}", "data.eval=0.1"], "command line: evaluation.patience counts evaluations, but evaluation.every: null makes none"),
+        ("optimizer_uses_its_keys", ["train.optimizer={kind: sgd, betas: [0.9, 0.99], eps: 1e-6}"], "command line: train.optimizer: the optimizer sgd has no betas and eps; leave them out"),
+        ("schedule_uses_its_keys", ["train.schedule={kind: linear, power: 2}"], "command line: train.schedule: the schedule linear has no power; leave it out"),
+        ("schedule_uses_its_keys", ["train.schedule={kind: constant, floor: 0.1}"], "the schedule constant has no floor; leave it out"),
+        ("rates_say_something", ["train.rates=[{match: lm_head}]"], "command line: train.rates: the group 'lm_head' of train.rates sets neither learning_rate nor weight_decay"),
+        ("output_is_its_own", ["model=./model", "output=model"], "command line: output is also the model; a run needs a folder of its own"),
+    ],
+)  # fmt: skip
+def test_contradictions(fault: Message, folder: Path, check: str, overrides: list[str], said: str) -> None:
+    (folder / "model").mkdir()
+    message = fault("", *overrides)
+    assert message == said or (said in message and len(message.splitlines()) == 1)
+    assert getattr(module, check) in CHECKS
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.quantize=nf4", "adapter=lora"],
+        ["model.quantize=nf4", "adapter={dora: true, rslora: true, init: olora}"],
+        ["adapter={path: org/saved, dropout: 0.1}"],
+        ["train.batch_tokens=2048"],
+        ["data.streaming=true", "train.tokens=1B", "data.eval=rows.jsonl"],
+        ["evaluation.patience=2", "data.eval=0.1"],
+        ["train.optimizer={kind: muon, momentum: 0.95, betas: [0.9, 0.95], eps: 1e-10}"],
+        ["train.optimizer={kind: sgd, momentum: 0.0}"],
+        ["train.schedule={kind: wsd, decay: 0.1, floor: 0.1}"],
+        ["train.schedule={kind: polynomial, power: 2}"],
+        ["data.train={path: rows.jsonl, limit: 5, sample: true}"],
+    ],
+)
+def test_sensible_runs_pass(load: Load, overrides: list[str]) -> None:
+    assert isinstance(load("", *overrides).config, RunConfig)
+
+
+def test_no_check_is_forgotten() -> None:
+    assert [check for _, check in inspect.getmembers(module, lambda member: isinstance(member, Check))] != []
+    assert {id(check) for _, check in inspect.getmembers(module) if isinstance(check, Check)} == {id(check) for check in CHECKS}
+
+
+def test_checks_speak_of_keys_that_exist() -> None:
+    from burnish.config.shape import keys_below
+
+    known = set(keys_below(RunConfig))
+    assert {key for check in CHECKS for key in check.keys} <= known
+    assert {f"{section}.{key}" for section, groups in EXCLUSIVE.items() for group in groups for key in group} <= known
+
+
+def test_all_sources(load: Load) -> None:
+    config = load("", "data.eval=[rows.jsonl]").config
+    assert len(sources(config.data)) == 2 and len(sources(load().config.data)) == 1
