@@ -110,6 +110,25 @@ def prepare(data: Data, renderer: Renderer, *, seed: int, progress: bool = True,
     return Prepared(train.whole(), held.whole(), account)
 
 
+def prepare_eval(
+    data: Data, renderer: Renderer, *, seed: int, progress: bool = True, base: Path = Path()
+) -> tuple[Examples, Account] | None:
+    """The held-out data alone, for training data that is streamed; None where the run has none.
+
+    Raises:
+        DataError: as `prepare`, and when a fraction is asked for, which only whole data can give.
+    """
+    if data.eval is None:
+        return None
+    if not isinstance(data.eval, list):
+        raise DataError(
+            f"data.eval = {data.eval:g} is a fraction, which cannot be held out of streamed rows",
+            hint="Give data.eval a source of its own, or leave out data.streaming.",
+        )
+    held = _Maker(data, renderer, seed, progress, base).load(data.eval, "eval")
+    return held.whole(), _finished(held.account, held.whole(), data)
+
+
 def open_set(settings: Sequence[Source], *, seed: int, part: str = "train", streaming: bool = False, base: Path = Path()) -> OpenSet:
     """Opens sources and chooses their formats, and says what was chosen.
 
