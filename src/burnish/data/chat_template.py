@@ -19,13 +19,12 @@ from typing import Any, cast
 
 import jinja2
 import jinja2.ext
-import jinja2.meta
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from burnish.core.errors import RowError, TemplateError
-from burnish.data.traced import Origin, Traced, concat, join, mark, single_origin, trace
+from burnish.data.traced import Origin, Traced, concat, join, mark, percent, single_origin, trace
 from burnish.data.types import Message, ToolCall
 
 TURN = "turn"
@@ -34,7 +33,8 @@ TOOLS = "tools"
 OUTSIDE = -1
 """Message number of what belongs to no message: tools, text outside of loops."""
 
-_ENTER, _TURN, _ASSIGNED, _LEAVE, _CONCAT = "_burnish_enter", "_burnish_turn", "_burnish_assigned", "_burnish_leave", "_burnish_concat"
+_ENTER, _TURN, _ASSIGNED, _LEAVE = "_burnish_enter", "_burnish_turn", "_burnish_assigned", "_burnish_leave"
+_CONCAT, _PERCENT = "_burnish_concat", "_burnish_percent"
 
 
 def as_chat(message: Message, *, arguments_as_text: bool = False) -> dict[str, Any]:
@@ -75,11 +75,9 @@ class ChatTemplate:
         environment = _Environment(today)
         try:
             tree = environment.parse(source)
-            names = jinja2.meta.find_undeclared_variables(tree)
             code = environment.compile(_Instrument(environment).visit(tree))
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"the chat template has a syntax error in line {error.lineno}: {error.message}") from None
-        self.uses_date = "strftime_now" in names
         self._arguments_as_text = False
         self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
 
@@ -122,6 +120,7 @@ class ChatTemplate:
                 _ASSIGNED: turns.assigned,
                 _LEAVE: turns.leave,
                 _CONCAT: _concat,
+                _PERCENT: _percent,
             }
         )
         text = concat(self._template.root_render_func(context))
@@ -218,6 +217,10 @@ class _Instrument(NodeTransformer):
             return [node]
         return [node, self._emit(_ASSIGNED, [node.target.name], node.lineno)]
 
+    def visit_Mod(self, node: nodes.Mod) -> nodes.Node:
+        self.generic_visit(node)
+        return self._call(_PERCENT, [node.left, node.right], node.lineno)
+
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return self._call(_CONCAT, node.nodes, node.lineno)
@@ -225,6 +228,14 @@ class _Instrument(NodeTransformer):
 
 def _concat(*values: Any) -> str:
     return concat(map(str, values))
+
+
+def _percent(left: Any, right: Any) -> Any:
+    return percent(left, right) if isinstance(left, str) else left % right
+
+
+def _format(value: str, *args: Any, **kwargs: Any) -> str:
+    return percent(str(value), args) if args and not kwargs else str(value) % (kwargs or args)
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -245,9 +256,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self, today: datetime.date) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
-        filters = cast("dict[str, Any]", self.filters)
-        filters |= {"tojson": _tojson, "join": _keep_join(filters["join"])}
-        names = cast("dict[str, Any]", self.globals)
+        filters = cast("dict[str, Any]", cast("Any", self).filters)  # Jinja leaves the types of its tables open
+        filters |= {"tojson": _tojson, "format": _format, "join": _keep_join(filters["join"])}
+        names = cast("dict[str, Any]", cast("Any", self).globals)
         names |= {"raise_exception": _raise_exception, "strftime_now": _strftime(today)}
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -5,14 +5,17 @@ will land in its output. So the template is given `Traced` strings. A `Traced` i
 (start, end, origin): which characters came from which field of which message. Its operations compute the text exactly as `str` does and
 only carry the spans along, so the output of the template is character for character what it would be with plain strings.
 
-An operation that is not followed (rare: `str.format`, `%`, `Markup`) gives a plain `str`: the spans are lost, never wrong.
+An operation that is not followed (rare: `str.format`, `Markup`) gives a plain `str`: the spans are lost, never wrong.
 """
 
 # ruff: noqa: D102 (the methods are those of `str`)
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex, cast
+
+_PERCENT = re.compile(r"(%.)")
 
 
 class Origin(NamedTuple):
@@ -192,6 +195,22 @@ def join(separator: str, parts: Iterable[str]) -> str:
     texts = list(parts)
     woven = [piece for text in texts for piece in (separator, text)]
     return concat(woven[1:])
+
+
+def percent(template: str, values: Any) -> str:
+    """`template % values` that keeps the spans of what goes into plain `%s`."""
+    text = template % values
+    places = iter(cast("tuple[Any, ...]", values) if isinstance(values, tuple) else (values,))
+    parts: list[str] = []
+    for place in _PERCENT.split(template):
+        if place == "%s":
+            parts.append(str(next(places, "")))
+        elif place.startswith("%"):
+            return text  # anything more than `%s` is not followed
+        else:
+            parts.append(place)
+    followed = concat(parts)
+    return followed if followed == text else text
 
 
 def trace(value: Any, origin: Origin) -> Any:

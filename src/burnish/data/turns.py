@@ -17,9 +17,10 @@ boundary. All of it is linear in the conversation.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 from burnish.core.errors import RowError, TemplateError
 from burnish.data.chat_template import OUTSIDE, TURN, ChatTemplate
@@ -28,6 +29,8 @@ from burnish.data.types import Message, ToolCall
 
 OWN_FIELDS = frozenset({"content", "reasoning_content", "tool_calls"})
 """What a message says, as against `role`, `name` and `tool_call_id`, which only label it."""
+
+Tools = Sequence[Mapping[str, Any]]
 
 _TALK = (Message("user", "Hello."), Message("assistant", "Good day."), Message("user", "Thanks."), Message("assistant", "Goodbye."))
 _CALL = ToolCall("look_up", {"word": "day"}, id="call00001")
@@ -129,14 +132,13 @@ def _strays(rendered: Traced, segments: list[tuple[int, Turn]]) -> dict[int, Tur
     own = [span for span in spans_of(rendered) if span.origin.field in OWN_FIELDS]
     announced = {message for message, turn in segments if turn.first is not None}
     strays: dict[int, Turn] = {}
-    previous_end, previous = 0, None
+    previous_end, previous = 0, OUTSIDE
     for start, end, origin in own:
-        if previous is not None and previous != origin.message and previous in strays:
-            strays[previous].end = strays[previous].reach = start
+        if previous in strays and previous != origin.message:
+            strays[previous].reach = start
         if origin.message not in announced and origin.message != OUTSIDE:
-            begin = strays[origin.message].start if origin.message in strays else previous_end
-            first = strays[origin.message].first if origin.message in strays else start
-            strays[origin.message] = Turn(begin, len(rendered), len(rendered), first, end)
+            known = strays.get(origin.message, Turn(previous_end, end, end, start))
+            strays[origin.message] = Turn(known.start, end, len(rendered), known.first, end)
         previous_end, previous = end, origin.message
     return strays
 
@@ -162,12 +164,20 @@ class TurnShape:
 
     def __post_init__(self) -> None:
         self._special_token = _any_of(self.special)
-        try:
-            talk, length = lay_out(self.template.render(_TALK)), 4
-        except RowError:
-            talk, length = lay_out(self.template.render(_TALK[:2])), 2
-        self._headers["user"] = self._learn_headers(talk, range(1, length, 2), _TALK[:1])
-        self.ends = self._learn_ends(talk, range(1, length, 2))
+        talk, tools = self._probe()
+        answers = range(1, max(talk.turns, default=0) + 1, 2)
+        self.ends = self._learn_ends(talk, answers)
+        self._headers["user"] = self._learn_headers(talk, answers, _TALK[:1], tools)
+
+    def _probe(self) -> tuple[Layout, Tools]:
+        """A plain conversation, rendered: two questions if the template takes them, with tools if it must have some."""
+        attempts: list[tuple[Sequence[Message], Tools]] = [(_TALK, ()), (_TALK[:2], ()), (_TALK, _TOOLS)]
+        for talk, tools in attempts:
+            try:
+                return lay_out(self.template.render(talk, tools)), tools
+            except RowError:
+                continue
+        return lay_out(self.template.render(_TALK[:2])), ()
 
     def regions(self, layout: Layout, messages: Sequence[Message], number: int) -> list[tuple[int, int]]:
         """The characters of message `number` that are trained if it is; none where the template left the message out.
@@ -223,14 +233,14 @@ class TurnShape:
             self._headers[role] = self._headers["user"]
             try:
                 talk = lay_out(self.template.render(_TOOL_TALK, _TOOLS))
-                self._headers[role] += self._learn_headers(talk, (3,), _TOOL_TALK[:3])
+                self._headers[role] += self._learn_headers(talk, (3,), _TOOL_TALK[:3], _TOOLS)
             except (RowError, TemplateError):
                 pass  # no tools in this template: a row that has some will say so
         return self._headers[role]
 
-    def _learn_headers(self, talk: Layout, answers: Sequence[int], question: Sequence[Message]) -> tuple[str, ...]:
+    def _learn_headers(self, talk: Layout, answers: Sequence[int], question: Sequence[Message], tools: Tools) -> tuple[str, ...]:
         """Compares what leads up to an answer with what the template writes to ask for one."""
-        asked = lay_out(self.template.render(question, _TOOLS if len(question) > 1 else (), add_generation_prompt=True))
+        asked = lay_out(self.template.render(question, tools, add_generation_prompt=True))
         asker = _only(asked, len(question) - 1)
         prompt = asked.text[asker.last :] if asker else ""
         headers: set[str] = set()
@@ -246,7 +256,7 @@ class TurnShape:
         turns = [turn for answer in answers if (turn := _only(talk, answer))]
         if not turns:
             raise TemplateError(
-                "the chat template leaves out what the assistant says in a plain conversation",
+                "the chat template leaves out what the assistant says in a plain conversation, or changes it beyond recognition",
                 hint="A template for images may want its content in parts; choose another with model.chat_template.",
             )
         for tokens in (self.special, self.added):
@@ -292,16 +302,15 @@ def _headers_in(lead: str, prompt: str, closing: str) -> set[str]:
         prompt: What stands after the last message where an answer is asked for: `<|im_end|>\n<|im_start|>assistant\n`.
         closing: What the message before has after its own text: `<|im_end|>\n`.
     """
+    if not prompt.startswith(closing):  # the message before ends differently where it is the last one
+        overlaps = (lead[:length] for length in range(min(len(prompt), len(lead)), 0, -1) if prompt.endswith(lead[:length]))
+        return {next(overlaps, lead)}
     generation = prompt.removeprefix(closing)
     if generation and generation in lead:
         return {generation}
     common = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(lead, generation, strict=False)))
     if common:  # R1 asks with `<｜Assistant｜><think>\n` and keeps past turns as `<｜Assistant｜>`
         return {common, generation}
-    if not prompt.startswith(closing):  # the message before ends differently where it is the last one
-        for length in range(min(len(prompt), len(lead)), 0, -1):
-            if prompt.endswith(lead[:length]):
-                return {lead[:length]}
     # No generation prompt. White space is then the model's to write (`[/INST] answer`); anything else opens the turn.
     return {lead} if lead.strip() else set()
 
