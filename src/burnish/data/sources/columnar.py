@@ -30,24 +30,19 @@ def read_columnar(file: File) -> Iterator[Row]:
     Raises:
         SourceError: when the file is damaged, empty or of another kind.
     """
-    where = Where(file.shown)
     if not file.head(1):
         return
-    try:
-        yield from _rows(file)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowSerializationError, OSError) as error:
-        reason = str(error).partition("\n")[0].rstrip(". ")
-        raise SourceError(f"this is no whole {file.kind.title()} file: {reason}", where=where) from None
-
-
-def _rows(file: File) -> Iterator[Row]:
     number = 0
     with file.open() as stream:
-        for batch in _batches(stream, file):
-            for start in range(0, batch.num_rows, _ROWS):
-                for fields in _decoded(batch.slice(start, _ROWS), number, file.shown):
-                    number += 1
-                    yield Row(file.shown, number, fields)
+        try:
+            for batch in _batches(stream, file):
+                for start in range(0, batch.num_rows, _ROWS):
+                    for fields in _decoded(batch.slice(start, _ROWS), number, file.shown):
+                        number += 1
+                        yield Row(file.shown, number, fields)
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).partition("\n")[0].rstrip(". ")
+            raise SourceError(f"this is no whole {file.kind.title()} file: {reason}", where=Where(file.shown)) from None
 
 
 def _batches(stream: Any, file: File) -> Iterator[Any]:

@@ -26,7 +26,7 @@ def read_delimited(file: File) -> Iterator[Row]:
     """
     streams.check_head(file.head(64), file.shown)
     csv.field_size_limit(_LARGEST_CELL)  # a setting of the whole process; its default refuses documents over 128 KiB
-    with file.reading(), file.open() as stream:
+    with file.open() as stream:
         texts = (streams.decode(raw, offset, Where(file.shown, line=line)) for line, offset, raw in streams.lines(stream))
         header = next(texts, "")
         if not header.strip():
@@ -59,7 +59,7 @@ def _rows(texts: Iterator[str], delimiter: str, shown: str) -> Iterator[Row]:
             row.fields = {name: float("nan") if cell in _NAN else cell for name, cell in zip(names, cells, strict=True)}
         else:
             row.fault = RowError(
-                f"found {len(cells)} cells, expected {len(names)} ({', '.join(names)})",
+                f"found {len(cells)} {'cell' if len(cells) == 1 else 'cells'}, expected {len(names)} ({', '.join(names)})",
                 where=row.where(),
                 hint="A cell that holds the separator, a quote or a line break must stand in double quotes.",
             )

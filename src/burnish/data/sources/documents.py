@@ -52,6 +52,6 @@ def _documents(file: File) -> Iterator[tuple[int, str]]:
 
 
 def _lines(file: File) -> Iterator[tuple[int, str]]:
-    with file.reading(), file.open() as stream:
+    with file.open() as stream:
         for line, offset, raw in streams.lines(stream):
             yield line, streams.decode(raw, offset, Where(file.shown, line=line))

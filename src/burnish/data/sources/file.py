@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import BinaryIO, Literal, cast
-from urllib.parse import urlsplit
 
 import zstandard
 
 from burnish.core.errors import BurnishError, SourceError, Where
-from burnish.data.sources.remote import is_url, open_url, remote_fault, shown_name
+from burnish.data.sources.remote import is_url, open_url, path_of, remote_fault, shown_name
 from burnish.data.sources.streams import ZstdReader
 
 Kind = Literal["json", "jsonl", "csv", "tsv", "parquet", "arrow", "text"]
@@ -39,7 +38,7 @@ _BLOCK = 1 << 20
 
 def suffixes(path: str) -> tuple[str, str]:
     """(suffix that tells the kind, suffix that tells the compression), in lower case, `""` where there is none."""
-    name = PurePosixPath(urlsplit(path).path if is_url(path) else path)
+    name = PurePosixPath(path_of(path))
     outer = name.suffix.lower()
     return (PurePosixPath(name.stem).suffix.lower(), outer) if outer in COMPRESSIONS else (outer, "")
 
@@ -71,34 +70,17 @@ class File:
             )
         return KINDS[kind]
 
-    def open(self) -> BinaryIO:
-        """The bytes, decompressed. Use within `reading`.
+    @contextmanager
+    def open(self, *, stored: bool = False) -> Generator[BinaryIO]:
+        """The bytes, decompressed (or as they are `stored`), for a `with` block.
 
         Raises:
-            SourceError, DependencyError: when the file cannot be opened.
+            SourceError, DependencyError: when the file cannot be opened, or, also from within the block, when it cannot be read on.
         """
-        raw = self.raw()
-        match suffixes(self.path)[1]:
-            case ".gz":
-                return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
-            case ".zst":
-                return io.BufferedReader(ZstdReader(raw), _BLOCK)
-            case _:
-                return raw
-
-    def raw(self) -> BinaryIO:
-        """The bytes as they are stored."""
-        if not is_url(self.path):
-            with self.reading():
-                return open(self.path, "rb")  # the caller closes it
-        return open_url(self.path)
-
-    @contextmanager
-    def reading(self) -> Generator[None]:
-        """Turns what goes wrong while the bytes are read into a SourceError that names the file."""
         where = Where(self.shown)
         try:
-            yield
+            with open_url(self.path) if is_url(self.path) else open(self.path, "rb") as raw:
+                yield raw if stored else self._decompressed(raw)
         except BurnishError:
             raise
         except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
@@ -110,15 +92,24 @@ class File:
                 raise remote_fault(error, self.path) from None
             raise
 
+    def _decompressed(self, raw: BinaryIO) -> BinaryIO:
+        match suffixes(self.path)[1]:
+            case ".gz":
+                return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
+            case ".zst":
+                return io.BufferedReader(ZstdReader(raw), _BLOCK)
+            case _:
+                return raw
+
     def head(self, size: int) -> bytes:
         """The first `size` bytes, decompressed."""
-        with self.reading(), self.open() as stream:
+        with self.open() as stream:
             return stream.read(size)
 
     def digest(self) -> bytes:
         """SHA-256 of the stored bytes and of the file's name (which says how they are read, and stands in every message)."""
         state = hashlib.sha256(os.path.basename(self.shown).encode() + b"\0")
-        with self.reading(), self.raw() as stream:
+        with self.open(stored=True) as stream:
             while block := stream.read(_BLOCK):
                 state.update(block)
         return state.digest()

@@ -12,11 +12,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
 
 from burnish.core.errors import SourceError, Where, nearest
 from burnish.data.sources.file import KINDS, File, suffixes
-from burnish.data.sources.remote import GLOB, is_url, list_url, shown_name
+from burnish.data.sources.remote import GLOB, is_url, list_url, path_of, shown_name
 from burnish.data.sources.splits import split_of
 
 _MANIFESTS = frozenset(
@@ -95,9 +94,9 @@ def _walk(folder: str) -> list[str]:
 
 def _at_url(path: str, split_given: bool) -> Found:
     where = Where(shown_name(path))
-    if suffixes(path)[0] in KINDS and not GLOB.search(urlsplit(path).path):
+    if suffixes(path)[0] in KINDS and not GLOB.search(path_of(path)):
         return Found({split_of(PurePosixPath(shown_name(path)).name) or "train": (File.at(path),)}, one_file=True)
-    globbed = bool(GLOB.search(urlsplit(path).path))
+    globbed = bool(GLOB.search(path_of(path)))
     names = list_url(path)
     data = [name for name in names if _is_data(name)]
     if not data:

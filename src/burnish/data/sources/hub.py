@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from burnish.core.errors import BurnishError, SourceError, Where
+from burnish.core.errors import BurnishError, SourceError, Where, did_you_mean
 from burnish.data.sources.columnar import pruned
 from burnish.data.sources.row import Row
 
@@ -64,8 +64,20 @@ def hub_splits(path: str, subset: str | None, revision: str | None, *, streaming
     import datasets
 
     with _explained(_shown(path, subset)):
-        names = datasets.get_dataset_split_names(path, subset, revision=revision)
+        subsets: list[str] = datasets.get_dataset_config_names(path, revision=revision)
+        chosen = subset or datasets.get_dataset_default_config_name(path, revision=revision)
+        if chosen not in subsets:
+            raise _which_subset(path, subset, subsets)
+        names: list[str] = datasets.get_dataset_split_names(path, chosen, revision=revision)
     return {name: HubSplit(path, subset, revision, name, streaming) for name in names}
+
+
+def _which_subset(path: str, subset: str | None, subsets: list[str]) -> SourceError:
+    where = Where(path, field="name")
+    if subset is None:
+        hint = f"Write for instance 'name: {subsets[0]}'."
+        return SourceError(f"the data set has several subsets and none by default ({', '.join(subsets)})", where=where, hint=hint)
+    return SourceError(f"there is no subset '{subset}': {did_you_mean(subset, subsets)}", where=where)
 
 
 def _shown(path: str, subset: str | None) -> str:
@@ -79,9 +91,6 @@ def _explained(shown: str) -> Generator[None]:
         yield
     except BurnishError:
         raise
-    except ValueError as error:
-        # `datasets` lists the subsets there are, on several lines
-        raise SourceError(" ".join(str(error).split()), where=where, hint="Choose a subset by 'name:' in the data section.") from None
     except Exception as error:  # network libraries raise exceptions of their own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(

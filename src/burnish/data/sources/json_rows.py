@@ -64,7 +64,7 @@ def _is_lines(head: bytes, by_suffix: bool) -> bool:
 
 def _lines(file: File) -> Iterator[Row]:
     number = 0
-    with file.reading(), file.open() as stream:
+    with file.open() as stream:
         for line, offset, raw in streams.lines(stream):
             if not raw.strip():
                 continue
@@ -74,13 +74,15 @@ def _lines(file: File) -> Iterator[Row]:
 
 def _line(row: Row, raw: bytes, offset: int) -> Row:
     try:
-        value = json.loads(streams.decode(raw, offset, row.where()))
+        value = json.loads(streams.decode(raw.rstrip(b"\r\n"), offset, row.where()))
     except SourceError as error:
         row.fault = RowError(error.message, where=row.where(), hint=error.hint)
     except json.JSONDecodeError as error:
-        row.fault = RowError(f"invalid JSON at column {error.pos + 1}: {_reason(error)}", where=row.where())
+        broken_off = error.msg.startswith("Unterminated string") or not error.doc[error.pos :].strip()
+        reason = "the JSON breaks off within the line" if broken_off else f"invalid JSON at column {error.pos + 1}: {_reason(error)}"
+        row.fault = RowError(reason, where=row.where())
     except (ValueError, RecursionError) as error:
-        row.fault = RowError(f"invalid JSON: {error}", where=row.where())
+        row.fault = RowError(f"invalid JSON: {_limit(error)}", where=row.where())
     else:
         return _filled(row, value)
     return row
@@ -101,8 +103,13 @@ def _reason(error: json.JSONDecodeError) -> str:
     return {"invalid control character at": "a line break or control character inside a string"}.get(reason, reason)
 
 
+def _limit(error: Exception) -> str:
+    """What the decoder cannot take though it is JSON."""
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+
+
 def _document(file: File) -> Iterator[Row]:
-    with file.reading(), file.open() as stream:
+    with file.open() as stream:
         window = _Window(streams.decoded(stream, file.shown), file.shown)
         for number, (line, value) in enumerate(_values(window), start=1):
             yield _filled(Row(file.shown, number, {}, line), value)
@@ -265,7 +272,7 @@ class _Window:
                 if not cut or self._ended:
                     raise self._undecodable(error) from None
             except (ValueError, RecursionError) as error:
-                raise self.fault(f"invalid JSON: {error}") from None
+                raise self.fault(_limit(error)) from None
             else:
                 if end < len(self._text) or self._ended:  # else a number may go on
                     self._advance(end)

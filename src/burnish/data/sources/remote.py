@@ -29,6 +29,14 @@ def shown_name(path: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+def path_of(path: str) -> str:
+    """The part of a URL that names folders and files (for other paths the whole): no scheme, no query."""
+    if not is_url(path):
+        return path
+    parts = urlsplit(path)
+    return parts.netloc + parts.path
+
+
 def open_url(url: str) -> BinaryIO:
     """The bytes at a URL.
 
@@ -66,9 +74,21 @@ def remote_fault(error: Exception, url: str) -> BurnishError:
             hint="pip install 'burnish[cloud]' brings s3:// and gs://.",
         )
     if isinstance(error, FileNotFoundError):
-        return SourceError("there is no such file or folder", where=where)
+        if _says_not_found(error.__cause__):
+            return SourceError("there is no such file or folder", where=where)
+        error = cast(Exception, error.__cause__)  # over http whatever fails is reported as a file that is not there
     if isinstance(error, ValueError) and "Protocol not known" in str(error):
         return SourceError(f"addresses of this kind are unknown: {error}", where=where)
-    # Backends put the whole address, with its secrets, into their messages
-    reason = str(error).replace(url, shown_name(url))
-    return SourceError(f"cannot be read: {type(error).__name__}: {reason}".rstrip(": "), where=where)
+    return SourceError(f"cannot be read: {type(error).__name__}: {_without_secrets(str(error), url)}".rstrip(": "), where=where)
+
+
+def _says_not_found(cause: BaseException | None) -> bool:
+    return cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404
+
+
+def _without_secrets(message: str, url: str) -> str:
+    """Backends put the whole address into their messages."""
+    parts = urlsplit(url)
+    for secret in (parts.query, parts.netloc.rpartition("@")[0]):
+        message = message.replace(secret, "...") if secret else message
+    return message

@@ -62,11 +62,6 @@ class ZstdReader(io.RawIOBase):
         self._ready = self._frame.decompress(data)
         return True
 
-    def close(self) -> None:
-        """Closes the compressed stream as well."""
-        self._raw.close()
-        super().close()
-
 
 def check_head(head: bytes, shown: str) -> None:
     """Names the usual strangers: compressed data without the suffix, UTF-16, an LFS pointer, a web page.
