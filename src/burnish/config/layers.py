@@ -155,7 +155,7 @@ def _not_found(path: list[str | int], part: str, shape: Shape, entry: Entry | No
             f"no item '{part}': {inside} is a list of {count}, its items are {inside}.0 to {inside}.{count - 1}", key, COMMAND_LINE
         )
     section = (shape.item or shape).section(entry.value if entry else None)
-    return Fault(unknown_key(part, section, RunConfig, inside), key, COMMAND_LINE)
+    return Fault(unknown_key(part, section, RunConfig, inside, dotted=True), key, COMMAND_LINE)
 
 
 def _typed(text: str, shape: Shape) -> Plain:

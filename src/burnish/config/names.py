@@ -111,10 +111,20 @@ def nearest_key(name: str, section: type[Strict] | None, root: type[Strict]) -> 
     return known
 
 
-def unknown_key(name: str, section: type[Strict] | None, root: type[Strict], inside: str = "") -> str:
-    """The message about a key that does not exist; `inside` is the dotted key of the section where it stands."""
+def unknown_key(name: str, section: type[Strict] | None, root: type[Strict], inside: str = "", *, dotted: bool = False) -> str:
+    """The message about a key that does not exist.
+
+    Args:
+        name: The key as written.
+        section: The section in which it stands, or None where no keys are possible.
+        root: The root of the run file.
+        inside: The dotted key of that section.
+        dotted: Name a key of the same section by its dotted key, as an override needs it.
+    """
     suggestion = nearest_key(name, section, root)
     if suggestion:
+        if dotted and inside and section and suggestion in section.model_fields:
+            suggestion = f"{inside}.{suggestion}"
         return f"unknown key '{name}'; did you mean '{suggestion}'?"
     if section is None:
         return f"unknown key '{name}'; {inside or 'this'} has no keys of its own"

@@ -65,7 +65,7 @@ def files(folder: Path) -> dict[str, bytes]:
         (GOOD, ["model=./missing"], ["nothing at './missing'"]),
         (GOOD, ["model=package:not_there_at_all"], ["pip install not-there-at-all"]),
         (GOOD, ["model.quantize=nf4", "adapter=null"], ["needs an adapter"]),
-        (GOOD, ["train.epoch=2"], ["did you mean 'epochs'"]),
+        (GOOD, ["train.epoch=2"], ["did you mean 'train.epochs'"]),
         (GOOD, ["train.epochs"], ["expected key=value"]),
         (GOOD, ["train.epochs=soon"], ["expected a number", "'soon'"]),
         (GOOD, ["train.batch_tokens=100"], ["train.batch_tokens is 100", "data.max_length"]),

@@ -122,7 +122,7 @@ def test_the_last_override_wins_and_they_build_on_each_other(load: Load) -> None
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.epoch=2", "command line: train.epoch: unknown key 'epoch'; did you mean 'epochs'?"),
+        ("train.epoch=2", "command line: train.epoch: unknown key 'epoch'; did you mean 'train.epochs'?"),
         ("learning_rate=1", "did you mean 'train.learning_rate'?"),
         ("train.epochs", "expected key=value, found 'train.epochs'"),
         ("=3", "expected key=value"),
