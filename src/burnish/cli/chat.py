@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import typer
 
 from burnish.cli.screen import Screen
@@ -24,7 +23,7 @@ from burnish.core.errors import BurnishError, ConfigError, ModelError, did_you_m
 from burnish.core.log import console, info, print_error
 from burnish.data.render import Renderer
 from burnish.data.types import Message
-from burnish.engine.backend import resolve_precision
+from burnish.engine.backend import Backend
 from burnish.generate.engine import Generator, Options, Stream
 from burnish.models.inference import Loaded, load_for_inference
 
@@ -91,10 +90,10 @@ def open_speakers(target: str, *, compare: bool = False, trust_remote_code: bool
         ModelError: when it cannot be loaded. Where a folder of a similar name stands here, the hint says so.
         ConfigError: when there is nothing to compare.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend = Backend()
 
     def load(path: str) -> Loaded:
-        return load_for_inference(path, dtype=resolve_precision("auto", device), device=device, trust_remote_code=trust_remote_code)
+        return load_for_inference(path, dtype=backend.compute_dtype, device=backend.device, trust_remote_code=trust_remote_code)
 
     with _suggesting(target):
         loaded = load(target)
