@@ -23,6 +23,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -189,7 +190,7 @@ def _per_segment(
 
     `split` and `cat` rather than slices: the backward pass of a slice writes a zero tensor of all T tokens for every segment.
     """
-    queries, keys, values = (x.split(forest.lengths, dim=2) for x in (q, k, v))
+    queries, keys, values = (x.split_with_sizes(forest.lengths, dim=2) for x in (q, k, v))
     outputs: list[torch.Tensor] = []
     for i, query in enumerate(queries):
         chain = forest.chain(i)
@@ -235,8 +236,8 @@ def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forest: Forest, s
     Its window counts the tokens to the left, without the token itself: one less than transformers'.
     """
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _VARLEN_GROUPS_HEADS else {}
-    if q.shape[1] != k.shape[1] and not _VARLEN_GROUPS_HEADS:
+    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if _VARLEN_GROUPS_HEADS else {}
+    if not grouped and q.shape[1] != k.shape[1]:
         groups = q.shape[1] // k.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     ends, longest = forest.cumulative(q.device), max(forest.lengths)

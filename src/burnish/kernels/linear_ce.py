@@ -28,12 +28,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 OPTIONAL = frozenset({"logsumexp", "mean_logit", "entropy", "correct"})
 """What `want` may name besides the log-probabilities."""
@@ -54,6 +54,10 @@ class TokenStats:
     mean_logit: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     correct: torch.Tensor | None = None  # bool [K]: the argmax is the target; no gradient
+
+
+Fields = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+"""TokenStats as autograd passes it around: a tuple in the order of its fields."""
 
 
 def head_stats(
@@ -87,7 +91,7 @@ def head_stats(
     head = _Head(softcap, scale, _compute_dtype(hidden, weight), rows, want)
     parts = (hidden, weight, bias)
     if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts):
-        return TokenStats(*_HeadStats.apply(hidden, weight, bias, targets, head))  # pyright: ignore[reportArgumentType]
+        return TokenStats(*cast("Fields", _HeadStats.apply(hidden, weight, bias, targets, head)))  # pyright: ignore[reportUnknownMemberType]
     with torch.autocast(hidden.device.type, enabled=False):
         return TokenStats(*_forward(hidden, weight, bias, targets, head, None))
 
@@ -110,18 +114,18 @@ def head_stats_module(
     _check(want)
     rows = chunk or default_chunk(vocabulary, hidden.device)
 
-    def stats(h: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        found = stats_from_logits(_shape(_wide(module(h)), softcap, scale), y, want)
-        return tuple(getattr(found, name) for name in TokenStats.__slots__)
+    def stats(h: torch.Tensor, y: torch.Tensor) -> Fields:
+        return _fields(stats_from_logits(_shape(_wide(module(h)), softcap, scale), y, want))
 
     # One empty chunk where there is nothing to predict, so that the result still hangs on the graph.
     starts = range(0, max(targets.shape[0], 1), rows)
     chunks = [(hidden[a : a + rows], targets[a : a + rows]) for a in starts]
     if torch.is_grad_enabled():
-        columns = zip(*(checkpoint(stats, h, y, use_reentrant=False) for h, y in chunks), strict=True)  # pyright: ignore
+        found = [cast("Fields", checkpoint(stats, h, y, use_reentrant=False)) for h, y in chunks]
     else:
-        columns = zip(*(stats(h, y) for h, y in chunks), strict=True)
-    return TokenStats(*(torch.cat(column) if column[0] is not None else None for column in columns))  # pyright: ignore
+        found = [stats(h, y) for h, y in chunks]
+    logprobs, *others = zip(*found, strict=True)
+    return TokenStats(torch.cat(logprobs), *(_cat(column) for column in others))
 
 
 def head_stats_reference(
@@ -174,7 +178,7 @@ class _HeadStats(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, head: _Head
-    ) -> tuple[torch.Tensor | None, ...]:
+    ) -> Fields:
         ctx.set_materialize_grads(False)
         ctx.head, ctx.dtype, ctx.device_type = head, hidden.dtype, hidden.device.type
         frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
@@ -192,7 +196,9 @@ class _HeadStats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *upstream: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         direction, hidden, weight, bias, targets = ctx.saved_tensors
         logp, *others = upstream[:4]
         if all(gradient is None for gradient in others):
@@ -212,12 +218,13 @@ def _forward(
     targets: torch.Tensor,
     head: _Head,
     direction: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, ...]:
-    """The fields of TokenStats in order; fills `direction` [K, H] with d logp_k / d h_k where it is given."""
+) -> Fields:
+    """The statistics; fills `direction` [K, H] with d logp_k / d h_k where it is given."""
     w = weight.to(head.compute)
     rows, wide = targets.shape[0], _wide_dtype(hidden.dtype)
     logp, lse, mean, entropy = (hidden.new_empty(rows, dtype=wide) for _ in range(4))
     correct = torch.empty(rows, dtype=torch.bool, device=hidden.device)
+    optional = {"logsumexp": lse, "mean_logit": mean, "entropy": entropy, "correct": correct}  # in the order of TokenStats
     for part, z, _ in _chunks(hidden, w, bias, head):
         y = targets[part, None]
         top, arg = z.max(dim=-1, keepdim=True)
@@ -233,8 +240,7 @@ def _forward(
         if direction is not None:
             dz = p.neg_().scatter_add_(-1, y, torch.ones_like(top))
             direction[part] = torch.mm(_through_shape(dz, z, head).to(head.compute), w)
-    found = {"logsumexp": lse, "mean_logit": mean, "entropy": entropy, "correct": correct}
-    return logp, *(found[name] if name in head.want else None for name in TokenStats.__slots__[1:])
+    return _fields(TokenStats(logp, *(x if name in head.want else None for name, x in optional.items())))
 
 
 def _backward(
@@ -269,7 +275,7 @@ def _backward(
 
 
 def _logit_gradient(z: torch.Tensor, y: torch.Tensor, upstream: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
-    """dz [C, V] for logits z, targets y [C, 1] and upstream gradients [C, 1] (None is zero)."""
+    """Gradient [C, V] of the logits z, for targets y [C, 1] and upstream gradients [C, 1] (None is zero)."""
     g_logp, g_lse, g_mean, g_entropy = upstream
     p = torch.softmax(z, dim=-1)
     weight_of_p = torch.zeros_like(z[:, :1])
@@ -318,7 +324,7 @@ def _through_shape(dz: torch.Tensor, z: torch.Tensor, head: _Head) -> torch.Tens
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in fp32 (fp64 for fp64). CUDA keeps its fp32 accumulator; a CPU rounds to the operands' type first."""
+    """The product in fp32 (fp64 for fp64). CUDA keeps its fp32 accumulator; a CPU rounds to the operands' type first."""
     if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return _wide(torch.mm(a, b))
@@ -343,6 +349,15 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(_wide_dtype(x.dtype))
+
+
+def _fields(stats: TokenStats) -> Fields:
+    return stats.logprobs, stats.logsumexp, stats.mean_logit, stats.entropy, stats.correct
+
+
+def _cat(column: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
+    present = [x for x in column if x is not None]
+    return torch.cat(present) if present else None
 
 
 def _check(want: frozenset[str]) -> None:
