@@ -22,6 +22,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from burnish.data.visible import plain
+
 MOST_PLACES = 100  # malformed rows whose place is remembered; the rest is only counted
 
 
@@ -200,7 +202,7 @@ class Account:
         for name, count, remark in self.lines():
             grid.add_row(name, count, remark)
         parts: list[RenderableType] = [_source_table(self.sources), grid] if len(self.sources) > 1 else [grid]
-        parts += [Text(f"malformed: {place.file}, row {place.row}: {place.reason}", style="yellow") for place in self.malformed[:5]]
+        parts += [Text(plain(f"malformed: {place.file}, row {place.row}: {place.reason}"), style="yellow") for place in self.malformed[:5]]
         parts += [Text(f"{name.replace('_', ' ')}: {count:,}", style="yellow") for name, count in self.notes.items()]
         if self.evaluation is not None:
             parts += [Text("\nevaluation", style="bold"), self.evaluation.table()]
@@ -258,7 +260,7 @@ def _source_table(sources: Iterable[SourceAccount]) -> Table:
         table.add_column(name, justify="right")
     for source in sources:
         counts = (source.rows.read, source.rows.kept, source.tokens.total, source.tokens.trained)
-        table.add_row(Text(source.name), source.format, *[f"{count:,}" for count in counts])
+        table.add_row(Text(plain(source.name)), source.format, *[f"{count:,}" for count in counts])
     return table
 
 

@@ -1,20 +1,16 @@
 """What is trained on, for people to see: an account, a histogram of lengths, and rows with their trained tokens in colour.
 
-Text of the data set is never trusted: control characters (which could move a terminal's cursor or recolour it) and marks that turn the
-direction of writing are shown as symbols, and everything in the page is escaped.
+Text of the data set is never trusted: see `visible.py` for the terminal; in the page everything is escaped.
 """
 
 from __future__ import annotations
 
 import html
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +21,7 @@ from burnish.data.account import Account, Lengths, share
 from burnish.data.pipeline import Renderer, Task
 from burnish.data.prepare import OpenSet, open_set, pipeline_of
 from burnish.data.types import Example
+from burnish.data.visible import plain, visible
 
 _BAR_WIDTH = 40
 _UNFINISHED = "\ufffd"  # what a tokenizer decodes the bytes of half a character to
@@ -34,8 +31,8 @@ class Tokenizer(Protocol):
     """What is needed of a Hugging Face tokenizer."""
 
     @property
-    def all_special_ids(self) -> list[int]:
-        """Ids of the special tokens."""
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """Id -> token, with `special`, of the tokens that are matched whole."""
         ...
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
@@ -68,7 +65,7 @@ class Shown:
 
 def show(examples: Sequence[Example], tokenizer: Tokenizer, origin: tuple[str, int], remark: str = "") -> Shown:
     """Makes one row's examples (several where an overlong row is split) ready to be shown."""
-    special = set(tokenizer.all_special_ids)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     shown = Shown(*origin, remark=remark)
     for example in examples:
         ids = [int(token) for token in example.input_ids]
@@ -178,7 +175,7 @@ def view(account: Account, rows: Iterable[Shown]) -> RenderableType:
 
 def heading(shown: Shown) -> Text:
     """A line above a row."""
-    return Text(visible([shown.title])[0], style="bold")
+    return Text(plain(shown.title), style="bold")
 
 
 def histogram(lengths: Lengths) -> RenderableType:
@@ -196,30 +193,6 @@ def _bar(count: int, lengths: Lengths) -> str:
     most = max(count for _, _, count in lengths.histogram)
     eighths = round(count / most * _BAR_WIDTH * 8)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-
-
-def visible(tokens: Sequence[str]) -> list[str]:
-    """The tokens with white space and control characters to be seen: line ends, tabs, and spaces that do not just part two words."""
-    whole = "".join(tokens)
-    drawn = [_drawn(whole, place) for place in range(len(whole))]
-    ends = np.cumsum([0, *map(len, tokens)]).tolist()
-    return ["".join(drawn[start:end]) for start, end in pairwise(ends)]
-
-
-def _drawn(text: str, place: int) -> str:
-    character = text[place]
-    if character == "\n":
-        return "⏎\n"
-    if character == "\t":
-        return "⇥"
-    if character == " ":
-        lonely = 0 < place < len(text) - 1 and not text[place - 1].isspace() and not text[place + 1].isspace()
-        return " " if lonely else "·"
-    if ord(character) < 0x20:
-        return chr(0x2400 + ord(character))
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-        return f"‹U+{ord(character):04X}›"
-    return character
 
 
 # -- the page -----------------------------------------------------------------------------------------------------------------------
@@ -245,7 +218,7 @@ h2{{font-size:1rem;margin-top:2rem;overflow-wrap:anywhere}}.t{{color:#116329;bac
 def page(title: str, account: Account | None, rows: Iterable[Shown]) -> str:
     """The same view as one HTML document that loads nothing and runs nothing. Tokens show their number and id under the pointer."""
     parts = [] if account is None else [_account_part(account), _histogram_part(account.lengths)]
-    parts += [f"<h2>{html.escape(visible([shown.title])[0])}</h2>\n<pre>{''.join(_spans(shown))}</pre>" for shown in rows]
+    parts += [f"<h2>{html.escape(plain(shown.title))}</h2>\n<pre>{''.join(_spans(shown))}</pre>" for shown in rows]
     return _PAGE.format(title=html.escape(title), body="\n".join(parts))
 
 
@@ -260,7 +233,7 @@ def _account_part(account: Account) -> str:
         f'<tr><td>{html.escape(name)}</td><td class="n">{html.escape(count)}</td><td class="m">{html.escape(remark)}</td></tr>'
         for name, count, remark in account.lines()
     )
-    malformed = "".join(f"<li>{html.escape(f'{place.file}, row {place.row}: {place.reason}')}</li>" for place in account.malformed)
+    malformed = "".join(f"<li>{html.escape(plain(f'{place.file}, row {place.row}: {place.reason}'))}</li>" for place in account.malformed)
     return f"<table>{lines}</table>" + (f"<p>Malformed rows:</p><ul>{malformed}</ul>" if malformed else "")
 
 
