@@ -355,7 +355,7 @@ def _check_nothing_lost(item: Conversation, rendered: Traced, notes: Counter[str
             notes["reasoning_left_out"] += 1
         elif "</think>" in message.content and shown[number, "content"] < said:
             notes["reasoning_left_out"] += 1
-        elif said and not shown[number, "content"]:
+        elif said and not shown[number, "content"] and message.content.strip() not in rendered:
             notes["messages_left_out"] += 1
 
 

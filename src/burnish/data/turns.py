@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
@@ -167,7 +167,7 @@ class TurnShape:
         talk, tools = self._probe()
         answers = range(1, max(talk.turns, default=0) + 1, 2)
         self.ends = self._learn_ends(talk, answers)
-        self._headers["user"] = self._learn_headers(talk, answers, _TALK[:1], tools)
+        self._headers["user"] = self._learn_headers(talk, _TALK, answers, 1, tools)
 
     def _probe(self) -> tuple[Layout, Tools]:
         """A plain conversation, rendered: two questions if the template takes them, with tools if it must have some."""
@@ -233,27 +233,30 @@ class TurnShape:
             self._headers[role] = self._headers["user"]
             try:
                 talk = lay_out(self.template.render(_TOOL_TALK, _TOOLS))
-                self._headers[role] += self._learn_headers(talk, (3,), _TOOL_TALK[:3], _TOOLS)
+                self._headers[role] += self._learn_headers(talk, _TOOL_TALK, (3,), 3, _TOOLS)
             except (RowError, TemplateError):
                 pass  # no tools in this template: a row that has some will say so
         return self._headers[role]
 
-    def _learn_headers(self, talk: Layout, answers: Sequence[int], question: Sequence[Message], tools: Tools) -> tuple[str, ...]:
-        """Compares what leads up to an answer with what the template writes to ask for one."""
+    def _learn_headers(
+        self, talk: Layout, probe: Sequence[Message], answers: Sequence[int], first_answer: int, tools: Tools
+    ) -> tuple[str, ...]:
+        """Compares what leads up to an answer with what the template writes to ask for the first one."""
+        question = probe[:first_answer]
         asked = lay_out(self.template.render(question, tools, add_generation_prompt=True))
-        asker = _only(asked, len(question) - 1)
+        asker = _spoken(asked, question, len(question) - 1)
         prompt = asked.text[asker.last :] if asker else ""
         headers: set[str] = set()
         for answer in answers:
-            before, turn = _only(talk, answer - 1), _only(talk, answer)
-            if turn is None:
+            before, turn = _spoken(talk, probe, answer - 1), _spoken(talk, probe, answer)
+            if turn is None or turn.first is None:
                 continue
             closing = talk.text[before.last : turn.start] if before else ""
             headers |= _headers_in(talk.text[turn.start : turn.first], prompt, closing)
         return tuple(sorted(headers, key=len, reverse=True))
 
     def _learn_ends(self, talk: Layout, answers: Sequence[int]) -> tuple[str, ...]:
-        turns = [turn for answer in answers if (turn := _only(talk, answer))]
+        turns = [turn for answer in answers if (turn := _spoken(talk, _TALK, answer))]
         if not turns:
             raise TemplateError(
                 "the chat template leaves out what the assistant says in a plain conversation, or changes it beyond recognition",
@@ -278,10 +281,18 @@ class TurnShape:
         )
 
 
-def _only(layout: Layout, message: int) -> Turn | None:
-    """The turn of a message of a probe, if it has text of its own."""
+def _spoken(layout: Layout, talk: Sequence[Message], message: int) -> Turn | None:
+    """The turn in which a message of a probe says what it says.
+
+    A template may change its text in a way that loses the trace (`| safe`). A probe's words can then be found by looking for them; what
+    is learned so serves for rows too, where the whole segment is searched for header and end token.
+    """
     turns = layout.turns.get(message)
-    return turns[-1] if turns and turns[-1].first is not None else None
+    if not turns or turns[-1].first is not None:
+        return turns[-1] if turns else None
+    turn, said = turns[-1], talk[message].content
+    first = layout.text.find(said, turn.start, turn.end) if said else -1
+    return replace(turn, first=first, last=first + len(said)) if first >= 0 else None
 
 
 def _check_goes_on(messages: Sequence[Message], number: int) -> None:

@@ -524,6 +524,10 @@ ODD_TEMPLATES = {
         "{% for message in messages %}{{ '<|im_start|>%s\n%s<|im_end|>' | format(message.role, message.content) }}{{ '%s' % '\n' }}"
         "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
     ),
+    "not followed": (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ '\n' }}{{ message.content | safe }}<|im_end|>\n\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{{ '\n' }}{% endif %}"
+    ),
     "generation tags": (
         "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% generation %}{{ message.content + '<|im_end|>' }}"
         "{% endgeneration %}{{ '\n' }}{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
