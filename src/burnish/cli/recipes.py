@@ -6,8 +6,10 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
+from burnish.cli.reference import reference
 from burnish.core.errors import BurnishError, ConfigError, did_you_mean
 
+REFERENCE = "reference"
 _FOLDER = files("burnish.cli") / "recipes"
 
 
@@ -18,7 +20,7 @@ def main(action: str, name: str | None, output: Path | None) -> None:
         BurnishError: no such action or recipe, or the file to write exists.
     """
     if action == "list":
-        print("\n".join(f"  {recipe:<10}{purpose(recipe)}" for recipe in names()))
+        print("\n".join(f"  {recipe:<11}{purpose(recipe)}" for recipe in names()))
         print("\nburnish recipes new NAME -o run.yaml writes one, burnish train run.yaml runs it.")
     elif action == "new":
         _new(name, output)
@@ -28,7 +30,7 @@ def main(action: str, name: str | None, output: Path | None) -> None:
 
 def names() -> list[str]:
     """The recipes, in alphabetical order."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml"))
+    return sorted([REFERENCE, *(entry.name.removesuffix(".yaml") for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml"))])
 
 
 def text_of(name: str) -> str:
@@ -39,7 +41,7 @@ def text_of(name: str) -> str:
     """
     if name not in names():
         raise ConfigError(f"no recipe '{name}'; {did_you_mean(name, names())}")
-    return (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    return reference() if name == REFERENCE else (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def purpose(name: str) -> str:

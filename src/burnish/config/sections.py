@@ -47,7 +47,7 @@ class Model(Strict):
     """Branch, tag or commit of a hub model."""
     dtype: FloatType = "auto"
     """Storage type of the frozen weights. `auto` follows train.precision. Trained weights are always kept in float32."""
-    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
+    quantize: Literal["none", "nf4", "int8"] = "none"
     """Quantise the frozen base weights (needs an adapter): `nf4` with `adapter: lora` is QLoRA."""
     attention: Literal["auto", "varlen", "sdpa", "eager"] = "auto"
     """How attention is computed. `auto`: varlen flash attention on CUDA, per-segment SDPA elsewhere."""
@@ -246,7 +246,7 @@ class Evaluation(Strict):
 class Parallel(Strict):
     """Several devices."""
 
-    strategy: Literal["auto", "none", "ddp", "fsdp", "deepspeed"] = "auto"
+    strategy: Literal["auto", "none", "ddp"] = "auto"
     """How the work is shared out. `auto`: one device alone, several by data parallelism."""
 
 
