@@ -83,13 +83,18 @@ class Stepper:
         """Adds the gradient of one micro-batch.
 
         Raises:
-            TrainingError: the step trains nothing, so that there is nothing to divide by.
+            TrainingError: the step trains nothing, so that there is nothing to divide by, or the loss depends on no trained parameter.
         """
         if not batch.step_weight > 0:
             raise TrainingError(f"a step must train something, found a total weight of {batch.step_weight}")
         share = self.backend.world_size / batch.step_weight
         scale = self.backend.loss_scale.scale if self.backend.loss_scale else 1.0
-        (loss.sum * (share * scale)).backward()
+        if loss.sum.requires_grad:
+            (loss.sum * (share * scale)).backward()
+        elif batch.weight:  # a placeholder of a rank without examples may be cut off
+            raise TrainingError(
+                "the loss depends on no trained parameter", hint="check the adapter's targets and what the objective returns"
+            )
         self._sums.add(loss, batch)
 
     def update(self) -> StepResult:

@@ -186,6 +186,23 @@ def test_a_step_must_train_something():
         stepper(policy).accumulate(TinyObjective()(policy, batch), batch)
 
 
+def test_a_loss_that_depends_on_nothing_trained_is_an_error():
+    policy = TinyPolicy()
+    (batch,) = batches([8])
+    with pytest.raises(TrainingError, match="depends on no trained parameter"):
+        stepper(policy).accumulate(Loss(torch.tensor(1.0)), batch)
+
+
+def test_a_placeholder_adds_nothing():
+    policy = TinyPolicy()
+    steps = stepper(policy)
+    (batch,) = batches([8])
+    empty = collate([], step_weight=batch.step_weight)
+    steps.accumulate(Loss(torch.tensor(0.0)), empty)
+    steps.accumulate(TinyObjective()(policy, batch), batch)
+    assert steps.update().loss == pytest.approx(gradients_of([8])[1])
+
+
 def test_state_goes_in_and_out():
     backend = Backend(precision="float16", cpu=True)
     steps = stepper(TinyPolicy(), backend)
