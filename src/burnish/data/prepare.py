@@ -309,7 +309,13 @@ class _Maker:
 
 
 def _finished(account: Account, examples: Examples, data: Data) -> Account:
-    """The account with its summaries of the examples."""
+    """The account with its summaries of the examples.
+
+    Raises:
+        RuntimeError: a row or token was lost or counted twice, which would be a fault of ours.
+    """
+    if not (account.rows.balanced and account.tokens.balanced):
+        raise RuntimeError(f"the account of the data does not add up: {account.rows}, {account.tokens}")
     account.lengths = Lengths.of(examples.lengths)
     if data.packing == "auto":
         bins = len(best_fit_decreasing(examples.lengths, data.max_length))

@@ -16,8 +16,10 @@ from burnish.data import prepare as module
 from burnish.data import workers
 from burnish.data.account import Account
 from burnish.data.cache import Examples
+from burnish.data.loader import Loader, eval_batches
 from burnish.data.prepare import Prepared, prepare, prepare_eval
 from burnish.data.render import Renderer
+from burnish.data.tally import Tally
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +286,31 @@ def test_bad_data_is_one_clear_error_and_leaves_nothing(
     assert [
         path for path in Path("cache").glob("*") if path.suffix != ".lock" and "missing eval" not in str(path)
     ] == [] or "eval" in options
+
+
+def test_an_account_that_does_not_add_up_is_never_shown(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("rows.jsonl", [pair(0), pair(1)])
+    enter = Tally.enter
+
+    def miscount(tally: Tally, *args: Any) -> Any:
+        tally.account.sources[0].rows.read += 1
+        return enter(tally, *args)
+
+    monkeypatch.setattr(Tally, "enter", miscount)
+    with pytest.raises(RuntimeError, match="does not add up"):
+        run(renderer)
+
+
+def test_the_loader_gives_every_token_of_the_account_once(renderer: Renderer) -> None:
+    write("rows.jsonl", [pair(number, "w" * (number % 13)) for number in range(50)])
+    prepared = run(renderer, eval=0.2, max_length=30, overlong="split")
+    assert prepared.eval is not None
+    for options in ({"batch_size": 7}, {"batch_tokens": 90}):
+        loader = Loader(prepared.train, max_length=30, micro_batch_tokens=64, **options)
+        batches = [batch for _ in range(loader.steps_per_epoch) for batch in loader.next()]
+        assert sum(len(batch.input_ids) for batch in batches) == prepared.account.tokens.total
+        assert sum(len(batch.targets) for batch in batches) == prepared.account.tokens.trained
+    assert sum(len(batch.input_ids) for batch in eval_batches(prepared.eval, 64)) == prepared.account.tokens.eval
 
 
 def test_nothing_trained_explains_itself(tokenizer: Any) -> None:
