@@ -27,6 +27,7 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -73,7 +74,7 @@ def attach(model: PreTrainedModel, adapter: Adapter, *, new_token_ids: Sequence[
         use_dora=adapter.dora,
         init_lora_weights=_INITS.get(adapter.init, adapter.init),
         modules_to_save=whole or None,
-        trainable_token_indices=_token_rows(model, new_token_ids) or None,
+        trainable_token_indices=_token_rows(model, new_token_ids, whole) or None,
         ensure_weight_tying=_tied(model) and any(name in whole for name in _embedding_names(model)),
     )
     return _wrap(model, config, revision=revision)
@@ -229,6 +230,11 @@ def _check(model: PreTrainedModel, adapter: Adapter, targets: Targets) -> None:
         raise AdapterError(
             f"adapter.rank {adapter.rank} is larger than '{targets.smallest_name}', whose smaller side is {targets.smallest}"
         )
+    if _tied(model) and (shared := {name.rpartition(".")[2] for name in targets.modules} & set(_embedding_names(model))):
+        raise AdapterError(
+            f"adapter.targets: '{shared.pop()}' shares its weight with another layer, so it cannot have an adapter of its own",
+            hint="Train it whole with adapter.save_modules.",
+        )
     if targets.parameters and (adapter.dropout or adapter.dora):
         what = "adapter.dropout" if adapter.dropout else "adapter.dora"
         raise AdapterError(
@@ -249,13 +255,10 @@ def _check(model: PreTrainedModel, adapter: Adapter, targets: Targets) -> None:
         raise AdapterError(f"adapter.init: {adapter.init} changes the base weights, which a quantised model does not allow")
 
 
-def _token_rows(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, list[int]]:
-    """Which rows of which embedding are trained. A tied head follows the input embedding by itself."""
-    if not ids:
-        return {}
-    rows = sorted(set(ids))
+def _token_rows(model: PreTrainedModel, ids: Sequence[int], whole: Sequence[str]) -> dict[str, list[int]]:
+    """Which rows of which embedding are trained. A tied head follows the input embedding by itself; what is trained whole needs no rows."""
     names = _embedding_names(model)[: 1 if _tied(model) else 2]
-    return {name: list(rows) for name in names}
+    return {name: sorted(set(ids)) for name in names if ids and name not in whole}
 
 
 def _embedding_names(model: PreTrainedModel) -> list[str]:
@@ -324,6 +327,6 @@ def _without_start(model: PeftModel, state: dict[str, torch.Tensor], config: Lor
 def _fitting(folder: Path) -> Generator[None]:
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise AdapterError(f"the adapter cannot be loaded: {lines[-1].strip()}", where=Where(file=str(folder))) from error

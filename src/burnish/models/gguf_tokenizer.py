@@ -144,8 +144,26 @@ class _Builder:
         return PRE_TOKENIZERS[name]
 
     def _sentencepiece(self) -> tuple[Tokenizer, bool]:
-        """SentencePiece BPE: the best-scored pair merges first, unknown characters fall back to bytes."""
-        raise self._error("SentencePiece vocabularies are not read yet")
+        """SentencePiece BPE: the pair with the best score merges first, and a character without a token falls back to its bytes."""
+        scores: list[float] = self.file.require("tokenizer.ggml.scores")
+        vocabulary = {token: index for index, token in enumerate(self.tokens)}
+        unknown = self._special("unknown") or next((t for t, kind in zip(self.tokens, self.types, strict=True) if kind == _UNKNOWN), None)
+        backend = Tokenizer(
+            models.BPE(
+                vocab=vocabulary,
+                merges=_merges_by_score(vocabulary, scores),
+                unk_token=unknown,
+                fuse_unk=True,
+                byte_fallback=_BYTE in self.types,
+            )
+        )
+        prefix = bool(self._get("add_space_prefix", True))
+        spaces = normalizers.Replace(" ", "▁")
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *([decoders.Strip(" ", 1, 0)] if prefix else [])]
+        )
+        return backend, True
 
     def _add_special(self, backend: Tokenizer) -> None:
         """Control tokens are matched whole in text and hidden when decoding; user-defined ones are matched whole and shown."""
@@ -192,6 +210,17 @@ class _Builder:
 
     def _error(self, message: str) -> ModelError:
         return ModelError(message, where=Where(file=str(self.file.path)))
+
+
+def _merges_by_score(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to make a token of two others, the token with the best score first."""
+    found = [
+        (-scores[index], vocabulary[token[:cut]], vocabulary[token[cut:]], token[:cut], token[cut:])
+        for token, index in vocabulary.items()
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    return [(left, right) for *_, left, right in sorted(found)]
 
 
 def _pair(merge: str) -> tuple[str, str]:

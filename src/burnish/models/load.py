@@ -76,6 +76,7 @@ def load_model(
     _check_complete(model.path, report)
     loaded.name_or_path = model.path if model.path.startswith("package:") else place.path  # what an adapter records as its base
     _train_padding(loaded)
+    _keep_blocks(loaded)
     if tokenizer is not None:
         fit_vocabulary(loaded, tokenizer, model.new_tokens)
     return loaded
@@ -155,8 +156,6 @@ def _quantization(model: Model, compute_dtype: torch.dtype) -> BitsAndBytesConfi
     """QLoRA's choices (2305.14314): NF4 blocks, the block scales quantised once more, products in the compute type."""
     if model.quantize == "none":
         return None
-    if model.quantize == "fp8":
-        raise ConfigError("model.quantize: fp8 is not available in this version", hint="Use nf4 or int8.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise DependencyError(f"model.quantize: {model.quantize} needs the package 'bitsandbytes'", hint="pip install 'burnish[quant]'")
     if model.quantize == "int8":
@@ -184,6 +183,16 @@ def _listing(verb: str, names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
     return f"{verb} {', '.join(ordered[:_LISTED])}{more}" if ordered else ""
+
+
+def _keep_blocks(model: nn.Module) -> None:
+    """Stops bitsandbytes from repacking NF4 weights at the first evaluation on a CPU.
+
+    The repacked form rounds the block scales to bfloat16, so that looking at the eval loss would change the training after it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _train_padding(model: PreTrainedModel) -> None:
