@@ -62,21 +62,18 @@ class Screen:
 
     def _placed(self, word: str) -> str:
         """The word, on a new line where it does not fit the present one."""
-        margin = "\n" + " " * self._indent
         if word == "\n":
-            self._column = self._indent
-            return margin
-        room = self._room()
-        if room and self._column + cell_len(word) > room and self._column > self._indent:
-            self._column = self._indent
+            self._column = 0
+            return word
+        width, room, lead = cell_len(word), self._room(), ""
+        if room and self._column > self._indent and self._column + width > room:
             if word.isspace():
-                return margin
-            self._column += cell_len(word)
-            return margin + word
-        if room and word.isspace() and self._column == self._indent:
-            return ""
-        self._column += cell_len(word)
-        return word
+                return ""
+            self._column, lead = 0, "\n"
+        if self._column == 0:  # only now, so that empty lines stay empty
+            self._column, lead = self._indent, lead + " " * self._indent
+        self._column += width
+        return lead + word
 
     def _room(self) -> int | None:
         columns = shutil.get_terminal_size().columns

@@ -42,6 +42,11 @@ def test_a_label_keeps_its_column_free() -> None:
     assert shown(io.StringIO(), ["one\ntw", "o"]) == "  base   one\n         two\n"
 
 
+def test_empty_lines_stay_empty_and_indented_lines_indented() -> None:
+    for stream in (io.StringIO(), Tty()):
+        assert shown(stream, ["list:\n", "\n", "  - one\n  - two"]) == "  base   list:\n\n           - one\n           - two\n"
+
+
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_a_terminal_wraps_between_words_whatever_the_pieces(size: int) -> None:
     text = "The service desk is open Monday to Friday, 7:30 to 18:00.\nCall us, or open a ticket in the portal, at any time you like."
