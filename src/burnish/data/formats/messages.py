@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from burnish.core.errors import RowError, Where, did_you_mean
-from burnish.data.formats.base import Fields, Shape, as_list, as_object, as_text, from_json, is_list, is_object, kind_of
+from burnish.data.formats.base import Fields, Shape, as_list, as_object, as_text, from_json, is_list, is_object, kind_of, listed
 from burnish.data.types import Conversation, Message, Role, ToolCall
 
 SHAPE = Shape(
@@ -89,13 +89,12 @@ def conversation(fields: Fields, messages: Sequence[Message]) -> Conversation | 
     Raises:
         RowError: the order of turns makes no sense, or the tools are malformed.
     """
-    messages = _with_system(fields, messages)
     if all(_is_blank(message) for message in messages if message.role not in ("system", "developer")):
         return None
     _check_order(messages, fields.row.where())
     if all(_is_blank(message) for message in messages if message.role == "assistant"):
         return None
-    return Conversation(tuple(messages), _tools(fields))
+    return Conversation(tuple(_with_system(fields, messages)), _tools(fields))
 
 
 def read_calls(value: object, where: Where) -> tuple[ToolCall, ...]:
@@ -225,7 +224,7 @@ def _reasoning(entry: Mapping[str, Any], from_parts: str | None, role: Role, whe
     if len(texts) > 1:
         raise RowError(f"the message has two different reasonings ({', '.join(given)})", where=where)
     if role != "assistant":
-        raise RowError(f"a message of the {role} has reasoning, which only the assistant can have", where=where)
+        raise RowError(f"a {role} message has reasoning, which only the assistant can have", where=where)
     return texts[0]
 
 
@@ -235,7 +234,7 @@ def _calls(entry: Mapping[str, Any], role: Role, where: Where) -> tuple[ToolCall
         if not value:
             continue
         if role != "assistant":
-            raise RowError(f"a message of the {role} makes tool calls, which only the assistant can", where=_at(where, f".{key}"))
+            raise RowError(f"a {role} message makes tool calls, which only the assistant can", where=_at(where, f".{key}"))
         return read_calls(value, _at(where, f".{key}"))
     return ()
 
@@ -274,7 +273,7 @@ def _check_order(messages: Sequence[Message], where: Where) -> None:
     for i, message in enumerate(messages, start=1):
         if message.role in ("system", "developer"):
             if began:
-                raise RowError(f"message {i} is of the {message.role}, which may only come first", where=where)
+                raise RowError(f"message {i} is a {message.role} message, which may only come first", where=where)
             continue
         if message.role == "tool":
             _check_result(message, i, previous, calls, where)
@@ -286,11 +285,11 @@ def _check_order(messages: Sequence[Message], where: Where) -> None:
 
 def _check_result(message: Message, number: int, previous: Role | None, calls: set[str], where: Where) -> None:
     if previous not in ("assistant", "tool"):
-        after = f"follows one of the {previous}" if previous else "comes first"
+        after = f"follows a {previous} message" if previous else "comes first"
         raise RowError(f"message {number} is a tool result, but {after} instead of an assistant turn", where=where)
     if message.tool_call_id is not None and calls and message.tool_call_id not in calls:
         raise RowError(
-            f"message {number} answers the call '{message.tool_call_id}', which was not made: {did_you_mean(message.tool_call_id, calls)}",
+            f"message {number} answers the call '{message.tool_call_id}', which was not made; made were {listed(sorted(calls))}",
             where=where,
         )
 
