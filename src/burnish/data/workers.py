@@ -126,10 +126,10 @@ class _Worker:
     """One process, as the main process sees it."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        # An unlinked file would do on Unix; a named one works everywhere.
         descriptor, self._beat_file = tempfile.mkstemp(prefix="burnish-worker-")
-        os.write(descriptor, _PLACE.pack(-1))
-        os.close(descriptor)
+        self._beat = os.fdopen(descriptor, "w+b")
+        self._beat.write(_PLACE.pack(-1))
+        self._beat.flush()
         self._process = subprocess.Popen([sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment())
         self._hello: bytes | None = pickle.dumps((pipeline, self._beat_file))
 
@@ -165,7 +165,9 @@ class _Worker:
         """Gives back what the process used; no thread may speak with it any more."""
         self._close(self._process.stdin)
         self._close(self._process.stdout)
-        os.unlink(self._beat_file)
+        self._beat.close()
+        with suppress(FileNotFoundError):  # the worker has removed it, if it lived long enough
+            os.unlink(self._beat_file)
 
     @staticmethod
     def _close(stream: IO[bytes] | None) -> None:
@@ -176,12 +178,12 @@ class _Worker:
     def _death(self, chunk: list[Task]) -> DataError:
         code = self._process.wait()
         cause = f"killed by {_signal_name(-code)}" if code < 0 else f"exit code {code}"
-        with open(self._beat_file, "rb") as stream:
-            place: int = _PLACE.unpack(stream.read(_PLACE.size))[0]
+        self._beat.seek(0)
+        place: int = _PLACE.unpack(self._beat.read(_PLACE.size))[0]
         first, last = chunk[0].row, chunk[-1].row
         held = f"{first.file}, row {first.number} to {last.file}, row {last.number}"
         if place < 0:
-            return DataError(f"a tokenising worker died before its first row ({cause}); it held {held}")
+            return DataError(f"a tokenising worker died before it began to work on its rows ({cause}): {held}")
         row = chunk[place].row
         hint = "SIGKILL mostly means that memory ran out: set data.workers to a smaller number." if code == -9 else None
         return DataError(
@@ -211,6 +213,8 @@ def main() -> None:
     try:
         pipeline, beat_file = pickle.load(questions)
         with open(beat_file, "r+b") as stream, mmap.mmap(stream.fileno(), _PLACE.size) as beat:
+            with suppress(OSError):  # an open file can lose its name on Unix, so that nothing stays behind whoever is killed
+                os.unlink(beat_file)
             while True:
                 chunk = pickle.load(questions)
                 pickle.dump(_answer(pipeline, chunk, beat), answers, protocol=pickle.HIGHEST_PROTOCOL)
@@ -221,7 +225,9 @@ def main() -> None:
 
 def _answer(pipeline: Pipeline, chunk: list[Task], beat: mmap.mmap) -> Chunk | Failure:
     try:
-        return pipeline.run(chunk, lambda place: _PLACE.pack_into(beat, 0, place))
+        answer = pipeline.run(chunk, lambda place: _PLACE.pack_into(beat, 0, place))
+        _PLACE.pack_into(beat, 0, -1)
+        return answer
     except BurnishError as error:
         return Failure(error, "")
     except Exception:
