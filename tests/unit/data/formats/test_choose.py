@@ -167,7 +167,8 @@ def test_rows_of_two_formats_are_ambiguous() -> None:
             {"format": "alpaca", "columns": {"instuction": "question"}},
             "rows.jsonl, field 'columns': the format alpaca has no field 'instuction': did you mean 'instruction'?",
         ),
-        ({"format": "text", "columns": {"text": "question"}, "system": "x"}, "rows.jsonl: a system prompt needs conversations, but the format is text"),
+        ({"format": "text", "columns": {"text": "question"}, "system": "x"},
+         "rows.jsonl: a system prompt needs conversations, but the format is text"),
     ],
 )  # fmt: skip
 def test_what_the_run_file_says_does_not_fit(settings: dict[str, Any], message: str) -> None:
