@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from burnish.config.load import dump_run, load_run, parse_run
+from burnish.config.dump import dump_run, resolved
+from burnish.config.load import load_run, parse_run
 from burnish.config.objectives import Plugin
 from burnish.config.run import RunConfig
 from burnish.config.sections import Adapter, Model
@@ -70,7 +72,7 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, *, base: Path | None = None, callbacks: Sequence[Callback] = ()) -> None:
-        self.config = config
+        self.config = _dated(config)
         self.base = base or Path.cwd()
         self.callbacks = list(callbacks)
         self._batch: Batch | None = None
@@ -115,7 +117,11 @@ class Run:
         """Turns rows into token ids and the trained mask."""
         data = self.config.data
         return Renderer(
-            self.tokenizer, chat_template=self.config.model.chat_template, train_on=data.train_on, train_on_prompt=data.train_on_prompt
+            self.tokenizer,
+            chat_template=self.config.model.chat_template,
+            train_on=data.train_on,
+            train_on_prompt=data.train_on_prompt,
+            today=date.fromisoformat(data.date) if data.date else None,
         )
 
     @cached_property
@@ -171,7 +177,7 @@ class Run:
         """The model to train, with its adapter."""
         self.backend.seed(self.config.train.seed)  # the adapter's initial weights
         policy = build_policy(self.config.model, self.config.adapter, self.backend, self.tokenizer)
-        if self.config.train.checkpoint_activations in ("on", True):
+        if self.config.train.checkpoint_activations == "on":
             policy.checkpoint_activations()
         policy.noise(getattr(self.config.objective, "neftune_alpha", 0.0))
         return policy
@@ -229,9 +235,7 @@ class Run:
         job = self.job
         info(self._announcement())
         self.open()
-        job.trackers = self.backend.trackers(
-            self.config.track, name=self.folder.name, folder=self.folder, config=self.config.model_dump(mode="json")
-        )
+        job.trackers = self.backend.trackers(self.config.track, name=self.folder.name, folder=self.folder, config=resolved(self.config))
         try:
             outcome = loop.train(job)
         finally:
@@ -305,6 +309,18 @@ class Run:
             f"training {trained / 1e6:.2f} M of {everything / 1e6:.1f} M parameters for {self.total_steps} steps"
             f" on {self.backend.world_size} x {self.backend.device.type}, {dtype}"
         )
+
+
+def _dated(config: RunConfig) -> RunConfig:
+    """Pins the day that chat templates see: the one that the run began on, so that a run resumed next week has the same tokens."""
+    if config.data.date is not None:
+        return config
+    begun = Path(config.output) / "run.yaml"
+    try:
+        day = load_run(begun).config.data.date if begun.is_file() else None
+    except ConfigError:  # not a file of ours, or of another version: what it says does not matter here
+        day = None
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": day or date.today().isoformat()})})
 
 
 def build_policy(model: Model, adapter: Adapter | None, backend: Backend, tokenizer: PreTrainedTokenizerFast) -> Policy:

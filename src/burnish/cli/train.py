@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from burnish.run import Run
+from burnish.config.load import load_run
 
 
 def main(file: Path, overrides: Sequence[str]) -> None:
     """Trains as the run file says."""
-    Run.from_file(file, *overrides).train()
+    loaded = load_run(file, overrides)
+    # Only now the heavy imports: a mistake in the run file is answered at once.
+    from burnish.run import Run
+
+    Run(loaded.config, base=file.resolve().parent).train()

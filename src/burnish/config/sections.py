@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from typing import Annotated, Literal
 
@@ -32,6 +33,13 @@ def _regular_expression(text: str) -> str:
     except re.error as error:
         raise ValueError(f"'{text}' is no regular expression: {error}") from None
     return text
+
+
+def _a_day(text: str) -> str:
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise ValueError(f"expected a day like 2026-01-31, found '{text}'") from None
 
 
 def _on_off(value: object) -> object:
@@ -141,6 +149,8 @@ class Data(Strict):
     """Drop exact repeats of a row (after conversion); counted."""
     malformed: Literal["error", "skip"] = "error"
     """A row that cannot be read stops the run with its place, or is skipped and counted."""
+    date: Annotated[str, AfterValidator(_a_day)] | None = None
+    """The day (2026-01-31) that chat templates with a date see, such as Llama 3.1's. Default: the day the run begins."""
     streaming: bool = False
     """Read rows while training, for data that does not fit the disk. Needs train.steps or train.tokens."""
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 
+from burnish.config.dump import resolved
 from burnish.config.run import RunConfig
 from burnish.core.errors import CheckpointError
 from burnish.core.log import warn
@@ -47,7 +48,7 @@ def identity_of(config: RunConfig) -> dict[str, Any]:
 
     What may change: how long it trains, where it writes, how it is watched, and how the work is cut up. All else would give another run.
     """
-    return {key: value for key, value in _dotted(config.model_dump(mode="json")).items() if not _may_change(key)}
+    return {key: value for key, value in _dotted(resolved(config)).items() if not _may_change(key)}
 
 
 def versions() -> dict[str, str]:
