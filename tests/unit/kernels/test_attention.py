@@ -143,3 +143,14 @@ def test_forest_knows_its_shape():
     assert not ROOTS.is_tree
     assert ROOTS.cumulative(torch.device("cpu")).tolist() == [0, 4, 5, 12]
     assert ROOTS.cumulative(torch.device("cpu")) is ROOTS.cumulative(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("length", [20, 800])
+def test_half_precision_keeps_its_type_whatever_it_is_computed_in(length):
+    q, k, v = qkv(length, dtype=torch.bfloat16)
+    forest = Forest((length,), (-1,))
+    output = forest_attention(q, k, v, forest, kind="sdpa")
+    output.sum().backward()
+    assert output.dtype is q.grad.dtype is torch.bfloat16
+    truth = forest_attention(q.detach().double(), k.detach().double(), v.detach().double(), forest, kind="eager")
+    torch.testing.assert_close(output.double(), truth, rtol=0.02, atol=0.02)
