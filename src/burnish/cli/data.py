@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import date
 from itertools import islice
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def main(file: Path, overrides: Sequence[str], *, row: int | None, html: Path | 
         chat_template=config.model.chat_template,
         train_on=config.data.train_on,
         train_on_prompt=config.data.train_on_prompt,
+        today=date.fromisoformat(config.data.date) if config.data.date else None,
     )
     base = file.resolve().parent
     account: Account | None = None
