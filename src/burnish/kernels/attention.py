@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from burnish.core.errors import ModelError
 from burnish.kernels.dispatch import AttentionKind, attention_kind
 
 
@@ -117,6 +118,9 @@ def forest_attention(
 
     Returns:
         [1, Hq, T, D'].
+
+    Raises:
+        ModelError: `kind` was chosen by name and cannot do what the model asks for.
     """
     if kind == "auto":
         kind = attention_kind(
@@ -128,12 +132,33 @@ def forest_attention(
             sinks=sinks is not None,
             dropout=dropout > 0,
         )
-    if kind == "varlen":
+    else:
+        needs = {
+            "soft caps": softcap is not None,
+            "sinks": sinks is not None,
+            "shared prompts": forest.is_tree,
+            "dropout": dropout > 0,
+            f"tensors on {q.device.type}": q.device.type != "cuda",
+        }
+        _refuse(kind, {name for name, needed in needs.items() if needed})
+    if kind == "varlen" and q.dtype in (torch.float16, torch.bfloat16):  # it has no kernel for full precision
         return _varlen(q, k, v, forest, scaling, window)
-    if kind == "sdpa":
+    if kind in ("sdpa", "varlen"):
         return _per_segment(q, k, v, forest, scaling, window, dropout)
     mask = forest.visible(window, q.device)
     return eager_attention(q, k, v, mask, scaling=scaling, softcap=softcap, sinks=sinks, dropout=dropout)
+
+
+_KNOWN = ("auto", "eager", "sdpa", "varlen")
+
+
+def _refuse(kind: str, needs: set[str]) -> None:
+    """Raises where an implementation asked for by name does not know something: ignoring it would train another model."""
+    if kind not in _KNOWN:
+        raise ModelError(f"attention '{kind}' is not available, expected one of {', '.join(_KNOWN)}")
+    able = {"eager": needs, "sdpa": needs - {"soft caps", "sinks"}, "varlen": set[str]()}[kind]
+    if missing := sorted(needs - able):
+        raise ModelError(f"attention '{kind}' does not know {' or '.join(missing)}", hint="Leave model.attention at auto.")
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:

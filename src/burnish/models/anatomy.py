@@ -86,7 +86,11 @@ def dissect(model: nn.Module) -> Anatomy:
 
 
 def probe(anatomy: Anatomy, kind: AttentionKind = "auto") -> Anatomy:
-    """Runs the model on a few tokens and returns what may be used; leaves our attention in place where packing holds."""
+    """Runs the model on a few tokens and returns what may be used; leaves our attention in place where packing holds.
+
+    Raises:
+        ModelError: `kind` names an attention that this model cannot be computed with.
+    """
     with _calm(anatomy.whole):
         head_doubt = _doubt_head(anatomy)
         own = anatomy.whole.config._attn_implementation
@@ -121,6 +125,8 @@ def _doubt_packing(anatomy: Anatomy, kind: AttentionKind) -> str:
     try:
         install(anatomy.whole)
         return _doubt_packed_run(anatomy, kind, alone)
+    except ModelError:  # the attention that was asked for by name cannot do this model
+        raise
     except NotImplementedError as error:
         return str(error)
     except Exception as error:  # whatever a model's own code raises when it is given what it does not know

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from burnish.core.errors import ModelError
 from burnish.kernels.attention import Forest, causal_mask, eager_attention, forest_attention
 
 ROOTS = Forest((4, 5, 12), (-1, -1, -1))
@@ -154,3 +155,16 @@ def test_half_precision_keeps_its_type_whatever_it_is_computed_in(length):
     assert output.dtype is q.grad.dtype is torch.bfloat16
     truth = forest_attention(q.detach().double(), k.detach().double(), v.detach().double(), forest, kind="eager")
     torch.testing.assert_close(output.double(), truth, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kind", "forest", "options", "message"),
+    [
+        ("sdpa", ROOTS, {"softcap": 2.0}, "'sdpa' does not know soft caps"),
+        ("varlen", TREE, {"dropout": 0.1}, "'varlen' does not know dropout or shared prompts or tensors on cpu"),
+        ("flex", ROOTS, {}, "'flex' is not available, expected one of auto, eager, sdpa, varlen"),
+    ],
+)
+def test_what_a_named_implementation_cannot_do_is_refused(kind, forest, options, message):
+    with pytest.raises(ModelError, match=message):
+        forest_attention(*qkv(), forest, kind=kind, **options)

@@ -270,3 +270,9 @@ def test_router_loss_is_announced_as_absent(capfd):
     config = transformers.MixtralConfig(**SMALL, num_local_experts=2, output_router_logits=True)
     Policy(transformers.MixtralForCausalLM(config))
     assert "auxiliary loss" in capfd.readouterr().err
+
+
+def test_an_attention_that_cannot_do_the_model_is_refused():
+    config = transformers.Gemma2Config(**SMALL, head_dim=8)
+    with pytest.raises(ModelError, match="does not know soft caps"):
+        Policy(transformers.Gemma2ForCausalLM(config), attention="sdpa")
