@@ -275,6 +275,8 @@ def _mapping_hint(kind: _Kind, columns: Sequence[str]) -> str | None:
     for spelling in kind.shape.spellings:
         near = {given: nearest(spelling.get(given, given), columns) for given in kind.shape.required}
         if None not in near.values() and len(set(near.values())) == len(near):
+            if all(spelling.get(given, given) == column for given, column in near.items()):
+                return f"The columns are those of {kind.name}; write 'format: {kind.name}' to learn what is wrong with the rows."
             return f"Did you mean 'format: {kind.name}' with 'columns: {_inline(near)}'?"
     return None
 

@@ -5,7 +5,7 @@ What the content is decides, not the suffix, since the two are often swapped:
     one object a line                     JSON Lines
     [{...}, {...}]                        an array of rows
     {"data": [{...}, {...}]}              the same in a wrapper (data, rows, examples, instances, records)
-    {"prompt": [...], "completion": [...]}  columns: lists of equal length (as pandas writes them; read whole)
+    {"prompt": [...], "completion": [...]}  columns: lists of equal length, or {"0": ..., "1": ...} as pandas writes them (read whole)
     {...} {...}                           objects one after another, however they are broken into lines
     {...}                                 a single row
 """
@@ -183,9 +183,9 @@ def _keys(window: _Window) -> Iterator[str]:
 
 def _single(members: Mapping[str, object], line: int, shown: str) -> Iterator[tuple[int | None, object]]:
     """A document that is one object: columns, or else a row."""
-    columns = {key: cast("list[object]", value) for key, value in members.items() if isinstance(value, list)}
-    # Lists of messages or token ids are the fields of one row; lists of anything else are columns.
-    if not columns or len(columns) < len(members) or any(isinstance(v, dict | int) for column in columns.values() for v in column[:1]):
+    columns = {key: column for key, value in members.items() if (column := _column(value)) is not None}
+    only_numbers = all(isinstance(cell, int) for column in columns.values() for cell in column[:1])
+    if len(columns) < len(members) or only_numbers:  # lists of token ids are the fields of one row
         yield line, members
         return
     sizes = {key: len(column) for key, column in columns.items()}
@@ -195,6 +195,16 @@ def _single(members: Mapping[str, object], line: int, shown: str) -> Iterator[tu
         )
     for cells in zip(*columns.values(), strict=True):
         yield None, dict(zip(columns, cells, strict=True))
+
+
+def _column(value: object) -> list[object] | None:
+    """The cells of a column, None for what is a field of a single row instead."""
+    if isinstance(value, dict) and value and all(str(key).isdecimal() for key in cast("dict[object, object]", value)):
+        return list(cast("dict[str, object]", value).values())  # pandas' default, {"0": ..., "1": ...}
+    if not isinstance(value, list):
+        return None
+    cells = cast("list[object]", value)
+    return None if cells and isinstance(cells[0], dict) else cells  # messages
 
 
 class _Window:

@@ -126,7 +126,11 @@ def test_what_the_hints_say_helps() -> None:
             "no format fits rows with the columns 'instuction', 'ouput'",
             "Did you mean 'format: alpaca' with 'columns: {instruction: instuction, output: ouput}'?",
         ),
-        ({"text": 7}, "no format fits rows with the columns 'text'", ""),
+        (
+            {"text": 7},
+            "no format fits rows with the columns 'text'",
+            "The columns are those of text; write 'format: text' to learn what is wrong with the rows.",
+        ),
         ({"messages": []}, "no format fits rows with the columns 'messages'", ""),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},

@@ -36,10 +36,11 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
         json.dumps({"version": "1", "rows": ROWS, "licence": None}, indent=1),
         "\n".join(json.dumps(row, indent=2) for row in ROWS),
         " ".join(json.dumps(row, indent=2) for row in ROWS),
-        json.dumps({"n": [row["n"] for row in ROWS], "text": [row["text"] for row in ROWS]}).replace("[0,", "[0.0,"),
+        json.dumps({"n": [row["n"] for row in ROWS], "text": [row["text"] for row in ROWS]}),
+        json.dumps({key: {str(index): row[key] for index, row in enumerate(ROWS)} for key in ("n", "text")}),
     ],
     ids=["lines", "no-last-break", "crlf", "bom", "blank-lines", "array", "indented", "bom-array", "wrapper", "named-wrapper", "objects",
-         "objects-in-a-line", "columns"],
+         "objects-in-a-line", "columns", "pandas"],
 )  # fmt: skip
 def test_what_the_content_is_decides_not_the_suffix(read: Read, name: str, text: str) -> None:
     rows = read(name, text)
@@ -61,6 +62,8 @@ def test_lines_are_exact(read: Read) -> None:
         {"prompt": "a", "completion": "b"},
         {"messages": [{"role": "user", "content": "a"}]},
         {"input_ids": [1, 2], "labels": [1, 2]},
+        {"messages": [{"role": "user", "content": "a"}], "tags": ["x"]},
+        {},
         {"id": 7, "data": ["a question", "an answer"]},
     ],
 )
