@@ -40,7 +40,7 @@ from burnish.core.log import info
 from burnish.data.account import Account
 from burnish.data.cache import Examples
 from burnish.data.loader import Loader, eval_batches
-from burnish.data.prepare import Prepared, prepare
+from burnish.data.prepare import Prepared, prepare, prepare_eval
 from burnish.data.render import Renderer
 from burnish.data.stream import StreamLoader
 from burnish.data.types import Batch
@@ -115,14 +115,7 @@ class Run:
     @cached_property
     def renderer(self) -> Renderer:
         """Turns rows into token ids and the trained mask."""
-        data = self.config.data
-        return Renderer(
-            self.tokenizer,
-            chat_template=self.config.model.chat_template,
-            train_on=data.train_on,
-            train_on_prompt=data.train_on_prompt,
-            today=date.fromisoformat(data.date) if data.date else None,
-        )
+        return Renderer.of(self.tokenizer, self.config.data)
 
     @cached_property
     def data(self) -> Prepared:
@@ -135,10 +128,8 @@ class Run:
         data = self.config.data
         if not data.streaming:
             return self.data.eval
-        if data.eval is None:
-            return None
-        alone = data.model_copy(update={"train": data.eval, "eval": None, "streaming": False})
-        return prepare(alone, self.renderer, seed=self.config.train.seed, base=self.base).train
+        held_out = prepare_eval(data, self.renderer, seed=self.config.train.seed, base=self.base)
+        return held_out[0] if held_out else None
 
     @property
     def account(self) -> Account:

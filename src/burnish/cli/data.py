@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from datetime import date
 from itertools import islice
 from pathlib import Path
 
@@ -38,13 +37,7 @@ def main(file: Path, overrides: Sequence[str], *, row: int | None, html: Path | 
     loaded = load_run(file, overrides)
     config = loaded.config
     tokenizer = load_tokenizer(config.model)
-    renderer = Renderer(
-        tokenizer,
-        chat_template=config.model.chat_template,
-        train_on=config.data.train_on,
-        train_on_prompt=config.data.train_on_prompt,
-        today=date.fromisoformat(config.data.date) if config.data.date else None,
-    )
+    renderer = Renderer.of(tokenizer, config.data)
     base = file.resolve().parent
     account: Account | None = None
     if row is not None:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from burnish.config.sections import Data
 from burnish.core.errors import ModelError, RowError, TemplateError, Where
 from burnish.data import templates
 from burnish.data.chat_template import OUTSIDE, TOOLS, ChatTemplate
@@ -93,6 +94,12 @@ class Renderer:
         self.today = today or datetime.date.today()
         self._sources = _template_sources(tokenizer, chat_template)
         self._chats: dict[str, _Chat] = {}
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast, data: Data) -> Renderer:
+        """The renderer that the `data` section asks for, with the tokenizer's own template."""
+        today = datetime.date.fromisoformat(data.date) if data.date else None
+        return cls(tokenizer, train_on=data.train_on, train_on_prompt=data.train_on_prompt, today=today)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("tokenizer", "train_on", "train_on_prompt", "today", "_sources")
