@@ -89,6 +89,7 @@ def load(model: PreTrainedModel, path: str | Path, *, trainable: bool = False) -
     folder = find_adapter(str(path))
     config = read_config(folder)
     config.inference_mode = not trainable
+    config.base_model_name_or_path = None  # PEFT writes where the base is here and now
     with _fitting(folder):
         state = load_file(folder / WEIGHTS_FILE)
     wrapped = _wrap(model, config)

@@ -59,7 +59,7 @@ def load_model(
     Raises:
         ModelError: when the model cannot be loaded, or its weights are not exactly those that its configuration asks for.
         DependencyError: when a needed package is not installed.
-        ConfigError: when a quantised model is to be trained whole, or the quantisation is not available.
+        ConfigError: when a quantised model is to be trained whole.
     """
     if trainable and model.quantize != "none":
         raise ConfigError(f"model.quantize: {model.quantize} needs an adapter: quantised weights cannot be trained")
@@ -192,7 +192,7 @@ def _keep_blocks(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # for the type checker: nn.Module takes tensors only
 
 
 def _train_padding(model: PreTrainedModel) -> None:

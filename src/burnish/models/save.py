@@ -54,12 +54,9 @@ def _save_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None)
     if model.can_generate():
         _make_consistent(model.generation_config)
     state = model.state_dict() if dtype is None else {name: _cast(value, dtype) for name, value in model.state_dict().items()}
-    stored = model.config.dtype
-    try:
-        model.config.dtype = dtype or stored
-        model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
-    finally:
-        model.config.dtype = stored
+    model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    if dtype is not None:
+        _edit(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
 
 
 def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -76,10 +73,13 @@ def _make_consistent(generation: GenerationConfig) -> None:
 def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":  # a name that only transformers 5 knows, for what all versions know as this
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") == "TokenizersBackend":
+        _edit(file, tokenizer_class="PreTrainedTokenizerFast")  # the name that transformers before 5 knows too
+
+
+def _edit(file: Path, **changes: str) -> None:
+    content = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
