@@ -99,7 +99,7 @@ def _means(totals: dict[str, tuple[float, float]], seconds: float) -> dict[str, 
     return {
         "eval_loss": loss,
         "eval_perplexity": _perplexity(own.get("nll", loss)),
-        "eval_tokens": totals["tokens"][1],
+        "eval_tokens": int(totals["tokens"][1]),
         "eval_seconds": round(seconds, 6),
         **{f"eval_{key}": value for key, value in own.items()},
     }

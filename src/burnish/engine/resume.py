@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,12 @@ def identity_of(config: RunConfig) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The versions that results depend on."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "burnish": metadata.version("burnish"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def capture(
@@ -101,7 +107,8 @@ def restore(
     """
     found = checkpoint.load(folder)
     trainer = found.trainer
-    _refuse_another_run(folder, trainer["identity"], identity)
+    same_burnish = trainer["versions"].get("burnish") == versions()["burnish"]
+    _refuse_another_run(folder, trainer["identity"], identity, strict=same_burnish)
     restore_weights(found, named_parameters, folder)
     try:
         stepper.optimizer.load_state_dict(found.optimizer)
@@ -147,8 +154,10 @@ def _restore_rng(found: Checkpoint, backend: Backend) -> None:
     rng.restore(unflatten(found.trainer["rng"], found.rng)[f"rank{backend.rank}"])
 
 
-def _refuse_another_run(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+def _refuse_another_run(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any], *, strict: bool) -> None:
+    # Another version of burnish may have settings that this one has not: then only those that both know are compared.
+    keys = then.keys() | now.keys() if strict else then.keys() & now.keys()
+    changed = [key for key in sorted(keys) if then.get(key) != now.get(key)]
     if changed:
         shown = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

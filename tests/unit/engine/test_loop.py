@@ -12,7 +12,7 @@ from torch import nn
 
 from burnish.config.base import Duration
 from burnish.core.errors import CheckpointError, ConfigError, Interrupted, TrainingError
-from burnish.engine import checkpoint
+from burnish.engine import checkpoint, resume
 from burnish.engine.events import Callback, State
 from burnish.engine.loop import Job, due, train
 from burnish.engine.step import StepResult
@@ -285,6 +285,16 @@ def test_a_checkpoint_of_another_run_is_refused(make_job: MakeJob):
     train(make_job(identity={"train.learning_rate": 0.1, "model.path": "a"}))
     with pytest.raises(CheckpointError, match=r"belongs to a run with other settings: train.learning_rate was 0.1, now 0.2"):
         train(make_job(identity={"train.learning_rate": 0.2, "model.path": "a"}))
+
+
+def test_a_setting_that_an_older_burnish_did_not_know_is_no_other_run(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as older:
+        older.setattr(resume, "versions", lambda: {"burnish": "0.0.1"})
+        train(make_job(identity={"train.seed": 1}))
+    train(make_job(identity={"train.seed": 1, "train.new": True}))
+    train(make_job("other", identity={"train.seed": 1}))
+    with pytest.raises(CheckpointError, match=r"train\.new was None, now True"):
+        train(make_job("other", identity={"train.seed": 1, "train.new": True}))
 
 
 def test_a_checkpoint_of_another_model_is_refused(make_job: MakeJob):

@@ -35,5 +35,9 @@ def test_what_does_not_may_change():
         assert identity_of(config(**change)) == identity_of(config()), change
 
 
+def test_null_is_the_same_as_left_out():
+    assert identity_of(config(model={"path": "m", "revision": None})) == identity_of(config())
+
+
 def test_only_plain_values():
     assert identity_of(config())["train.schedule.kind"] == "cosine"
