@@ -26,6 +26,7 @@ from burnish.data.types import Batch
 from burnish.kernels.attention import Forest
 from burnish.kernels.dispatch import AttentionKind
 from burnish.kernels.linear_ce import TokenStats, head_stats, head_stats_module, stats_from_logits
+from burnish.models.adapters import disabled, is_adapted
 from burnish.models.anatomy import dissect, probe
 from burnish.models.forest import Packed, install, last_hidden, run
 
@@ -96,7 +97,7 @@ class Policy:
         Raises:
             ModelError: There is neither an adapter nor a frozen copy.
         """
-        if self._reference is None and not hasattr(self.model, "disable_adapter"):
+        if self._reference is None and not is_adapted(self.model):
             raise ModelError("a reference model is needed, expected an adapter to switch off or a frozen copy of the model")
         training = self.model.training
         self.eval()
@@ -106,7 +107,7 @@ class Policy:
                 if self._reference is not None:
                     yield
                 else:
-                    with self.model.disable_adapter():
+                    with disabled(self.model):
                         yield
         finally:
             self._refer = False

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -13,8 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from burnish.config.sections import Adapter, Model
 from burnish.core.errors import AdapterError
+from burnish.data.collate import collate
+from burnish.data.types import Example
 from burnish.models import adapters
 from burnish.models.load import load_model
+from burnish.models.policy import Policy
 
 from .conftest import FAMILIES, build
 
@@ -281,3 +285,15 @@ def test_adapters_over_quantised_weights(quantize: Any, tmp_path: Path) -> None:
         adapters.merge(model)
     with pytest.raises(AdapterError, match="which a quantised model does not allow"):
         adapters.attach(load_model(config, compute_dtype=torch.float32), Adapter(rank=4, init="pissa"))
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_the_reference_of_a_policy_is_the_untouched_base(init: Any) -> None:
+    ids = IDS[0].numpy().astype(np.int32)
+    batch = collate([Example(ids, np.ones(len(ids), np.float32))], step_weight=1.0)
+    model = adapters.attach(build("llama"), Adapter(rank=4, init=init))
+    train(model)
+    policy = Policy(model)
+    with policy.reference():
+        found = policy.hidden(batch)
+    torch.testing.assert_close(found, Policy(build("llama")).eval().hidden(batch), atol=1e-5, rtol=1e-4)
