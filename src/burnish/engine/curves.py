@@ -146,7 +146,7 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _tick(value: float) -> str:
-    if value == 0 or 1e-3 <= abs(value) < 1e3:
+    if value == 0 or 1e-2 <= abs(value) < 1e3:
         return f"{value:g}"
     if abs(value) >= 1e3:
         return short(value)

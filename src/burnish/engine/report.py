@@ -190,7 +190,7 @@ def _clock(seconds: float) -> str:
         return f"{hours} h {minutes:02} min"
     if minutes >= 10:
         return f"{minutes} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+    return f"{minutes}:{rest:02} min" if minutes else f"{seconds:.1f} s"
 
 
 def _data_url(svg: bytes) -> str:
