@@ -341,10 +341,10 @@ class Terminal:
 
     def leave(self) -> int | None:
         """Ctrl-C at the prompt, once more where it came just before readline began to listen."""
-        for _ in range(30):
+        for _ in range(3):
             self.type("\x03")
             with contextlib.suppress(subprocess.TimeoutExpired):
-                return self.process.wait(3)
+                return self.process.wait(30)  # long, because one that comes while Python shuts down kills it
         return None
 
     def close(self) -> None:
