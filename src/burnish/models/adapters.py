@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -213,7 +214,10 @@ def read_config(folder: Path) -> LoraConfig:
 
 def _wrap(model: PreTrainedModel, config: LoraConfig, *, revision: str | None = None) -> PeftModel:
     try:
-        wrapped = get_peft_model(model, config, adapter_name=_NAME, revision=revision)
+        with warnings.catch_warnings():
+            # PEFT asks a question by a name that transformers has renamed: nothing a user could act on.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            wrapped = get_peft_model(model, config, adapter_name=_NAME, revision=revision)
     except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
         raise AdapterError(f"the adapter does not fit the model: {str(error).strip().splitlines()[0]}") from error
     assert isinstance(wrapped, PeftModel)
