@@ -94,14 +94,15 @@ def test_packed_padded_and_one_by_one_are_the_same(name, capsys):
     assert_same(train_once(policy, batches(rows, 1)), truth)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+# The gradient of OPT's key bias is zero by mathematics (softmax ignores it): in fp32 only rounding is left to compare.
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"opt"}))
 def test_the_same_in_fp32(name):
     model = build(name, torch.float32)
     plain, rows = copy.deepcopy(model), examples()
     policy = Policy(model)
     truth = padded(plain, rows)
     for size in (3, 1):
-        assert_same(train_once(policy, batches(rows, size)), truth, 3e-6)
+        assert_same(train_once(policy, batches(rows, size)), truth)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *SEGMENT_BY_SEGMENT])
