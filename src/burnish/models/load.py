@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from burnish.config.sections import Model
-from burnish.core.errors import ConfigError, DependencyError, ModelError
+from burnish.core.errors import ConfigError, DependencyError, ModelError, Where
 from burnish.models.gguf import GGUFFile
 from burnish.models.gguf_weights import read_config, read_weights
 from burnish.models.locate import Location, locate, reading, require_hub
@@ -141,7 +142,8 @@ def _from_folder_or_hub(model: Model, place: Location, options: dict[str, Any]) 
 
 
 def _check_weight_files(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
+    if weights := sorted(folder.glob("*.safetensors")):
+        _check_whole(weights)
         return
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
     if pickled:
@@ -150,6 +152,16 @@ def _check_weight_files(folder: Path) -> None:
             hint="Convert it on a machine that may run such a file, e.g. with save_pretrained of transformers.",
         )
     raise ModelError(f"'{folder}' holds no weights, expected *.safetensors")
+
+
+def _check_whole(files: Iterable[Path]) -> None:
+    """Reads the headers, which tell how long each file must be: half-copied weights are named before anything is loaded."""
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ModelError(f"the weights are torn or no safetensors: {error}", where=Where(file=str(file))) from None
 
 
 def _quantization(model: Model, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
