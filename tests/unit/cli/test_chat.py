@@ -340,8 +340,9 @@ class Terminal:
                     assert condition(self.seen), f"ended too early, seen: {self.seen!r}"
 
     def leave(self) -> int | None:
-        """Ctrl-C at the prompt, once more where it came just before readline began to listen."""
+        """Ctrl-C at the prompt, once more where it came just before readline began to listen (it is heard with the next key then)."""
         for _ in range(3):
+            time.sleep(1)
             self.type("\x03")
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return self.process.wait(30)  # long, because one that comes while Python shuts down kills it
