@@ -27,8 +27,9 @@ quickstart: install ## Fine-tune the embedded model on the embedded data and sho
 	@$(BIN)/burnish chat runs/quickstart --compare \
 	  --prompt "Who are you?" --prompt "How do I reset my password?" --prompt "When is the service desk open?"
 
+# One process a core, one thread each: many small tests gain more from that than from threads inside them.
 test: install ## Run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: install ## Lint, format, types, layers
 	$(BIN)/ruff check .
