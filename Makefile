@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: install ## Fine-tune the embedded model on the embedded data and show what changed
 	@$(BIN)/burnish train recipes/quickstart.yaml
-	@$(BIN)/burnish chat runs/quickstart --compare \
+	@$(BIN)/burnish chat runs/quickstart --compare --max-tokens 80 \
 	  --prompt "Who are you?" --prompt "How do I reset my password?" --prompt "When is the service desk open?"
 
 # One process a core, one thread each: many small tests gain more from that than from threads inside them.

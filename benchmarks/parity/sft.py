@@ -140,9 +140,8 @@ def compare(ours: dict[str, list], theirs: dict[str, list], steps: int) -> int:
     for a, b in zip(ours["steps"], theirs["steps"], strict=True):
         loss, norm = relative(a["loss"], b["loss"]), relative(a["grad_norm"], b["grad_norm"])
         good &= loss <= LOSS_TOLERANCE and norm <= NORM_TOLERANCE
-        print(
-            f"{a['step']:>4} {a['loss']:>14.8f} {b['loss']:>14.8f} {loss:>10.1e} {a['grad_norm']:>14.8f} {b['grad_norm']:>14.8f} {norm:>10.1e}"
-        )
+        losses = f"{a['loss']:>14.8f} {b['loss']:>14.8f} {loss:>10.1e}"
+        print(f"{a['step']:>4} {losses} {a['grad_norm']:>14.8f} {b['grad_norm']:>14.8f} {norm:>10.1e}")
     print("equal" if good else f"NOT equal (tolerance: loss {LOSS_TOLERANCE}, gradient norm {NORM_TOLERANCE}, relative)")
     return 0 if good else 1
 

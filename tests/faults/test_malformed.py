@@ -118,7 +118,8 @@ CASES = [
     Case("content is a number", ("row 2", "content"), data=jsonl([GOOD[0], messages(("user", 5), ("assistant", "b"))])),
     Case("no assistant turn", ("row 2",), data=jsonl([GOOD[0], messages(("user", "a"))])),
     Case("empty conversation", ("row 2", "messages"), data=jsonl([GOOD[0], {"messages": []}])),
-    Case("image part", ("row 2", "image"), data=jsonl([GOOD[0], messages(("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "b"))])),
+    Case("image part", ("row 2", "image"),
+         data=jsonl([GOOD[0], messages(("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "b"))])),
     Case("mapped column is absent", ("questoin", "question"), data=jsonl([{"question": "a", "answer": "b"}]),
          overrides=("data.train={path: rows.jsonl, format: prompt_completion, columns: {prompt: questoin, completion: answer}}",)),
     Case("unknown format", ("sharegtp", "sharegpt"), overrides=("data.train={path: rows.jsonl, format: sharegtp}",)),
@@ -148,7 +149,8 @@ CASES = [
     Case("rate group that matches nothing", ("lora_Q",), overrides=('train.rates=[{match: lora_Q, learning_rate: 1.0e-3}]',)),
     Case("objective that does not exist", ("sfft", "sft"), overrides=("objective=sfft",)),
     Case("plug-in file missing", ("my_loss.py",), overrides=("objective=./my_loss.py:MyLoss",)),
-    Case("plug-in without the class", ("MyLoss",), overrides=("objective=./my_loss.py:MyLoss",), extra={"my_loss.py": b"class Other: pass\n"}),
+    Case("plug-in without the class", ("MyLoss",), overrides=("objective=./my_loss.py:MyLoss",),
+         extra={"my_loss.py": b"class Other: pass\n"}),
 ]  # fmt: skip
 
 RUN = """model: ./model

@@ -125,14 +125,14 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
 def test_torn_weights(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:2000])
-    with pytest.raises(ModelError, match="model.safetensors: the weights are torn"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: the weights are torn"):
         load(folder)
 
 
 @pytest.mark.parametrize("text", ["{", '{"model_type": "no-such"}', '{"model_type": "t5"}', "[]"])
 def test_configurations_that_are_no_causal_model(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
-    with pytest.raises(ModelError, match="model.safetensors: the weights are torn"):
+    with pytest.raises(ModelError, match="cannot load the model"):
         load(folder)
 
 
