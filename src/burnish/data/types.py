@@ -118,7 +118,7 @@ class Batch:
     step_weight: float
     last: bool = True  # the last micro-batch of its optimiser step
     examples: int = 0  # examples in this micro-batch, for the log
-    extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    extras: dict[str, torch.Tensor] = field(default_factory=lambda: {})  # noqa: PIE807  # typed, where dict itself would not be
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device` (copies only where needed)."""
