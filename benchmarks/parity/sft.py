@@ -44,6 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="Higher rates magnify rounding from step to step")
     return parser.parse_args()
 
 
@@ -67,7 +68,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
         "batch_size": arguments.batch_size,
         "micro_batch": arguments.micro_batch,
         "max_length": arguments.max_length,
-        "learning_rate": 1e-3,
+        "learning_rate": arguments.learning_rate,
         "seed": 0,
     }
     (folder / "job.json").write_text(json.dumps(job))
