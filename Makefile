@@ -42,7 +42,7 @@ format: install ## Put the code into its form
 	$(BIN)/ruff format .
 
 bench: install ## Measure speed on this machine
-	$(BIN)/python -m benchmarks.sft
+	$(BIN)/python -m benchmarks.micro_step
 
 peers: ## Make .peers/ with the tools that burnish is compared with
 	bash benchmarks/peers.sh

@@ -177,6 +177,8 @@ class Pipeline:
         except BurnishError as error:
             if self.skip_malformed and isinstance(error, RowError):
                 return _Prepared(Fate.MALFORMED, reason=error.message)
+            if isinstance(error, RowError) and error.hint is None:
+                error.hint = "Mend the row, or set data.malformed: skip to leave such rows out and count them."
             raise _placed(error, task.row) from error
         except Exception as error:
             error.add_note(f"burnish was preparing {task.row.file}, row {task.row.number}")
