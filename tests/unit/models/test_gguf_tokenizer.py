@@ -250,8 +250,10 @@ class TestSmolLM:
             assert ids == other.tokenize(text.encode(), add_bos=False, special=True), text
             assert tokenizer.decode(ids) == text
 
+    # llama.cpp gives a code point that Unicode has not assigned (Cn) a word of its own, against the pattern that it implements; the
+    # model's own tokenizer, and this one, keep it with the symbols around it.
     @settings(max_examples=200, deadline=None)
-    @given(text=st.text(alphabet=st.characters(exclude_categories=("Cs",), exclude_characters="\x00")))
+    @given(text=st.text(alphabet=st.characters(exclude_categories=("Cs", "Cn"), exclude_characters="\x00")))
     def test_any_text(self, tokenizer: Any, other: Any, text: str) -> None:
         ids = tokenizer(text)["input_ids"]
         assert ids == other.tokenize(text.encode(), add_bos=False, special=True)
