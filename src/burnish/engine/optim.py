@@ -19,29 +19,47 @@ from torch import nn
 from burnish.config.sections import Optimizer as OptimizerConfig
 from burnish.config.sections import RateGroup, Train
 from burnish.core.errors import ConfigError, DependencyError, Where
+from burnish.engine.combined import Combined, InBackward, refuse_in_backward
+from burnish.engine.flat import FlatAdamW
 
-__all__ = ["Combined", "Lion", "averaged_weights", "build_optimizer", "parameter_groups", "set_learning_rate", "use_final_weights"]
+__all__ = [
+    "Combined",
+    "FlatAdamW",
+    "InBackward",
+    "Lion",
+    "averaged_weights",
+    "build_optimizer",
+    "parameter_groups",
+    "set_learning_rate",
+    "use_final_weights",
+]
 
 Group = dict[str, Any]
 Builder = Callable[[list[Group], OptimizerConfig], torch.optim.Optimizer]
 
 
-def build_optimizer(named_parameters: Mapping[str, nn.Parameter], train: Train) -> torch.optim.Optimizer:
+def build_optimizer(named_parameters: Mapping[str, nn.Parameter], train: Train, *, in_backward: bool = False) -> torch.optim.Optimizer:
     """The optimiser that the run file names, over parameter groups with their own rates and weight decay.
 
     Args:
         named_parameters: The trained parameters by full name; their order is the order of the groups.
         train: The section `train`.
+        in_backward: Update each parameter within the backward pass (see `engine.combined.InBackward`).
 
     Raises:
-        ConfigError: a pattern of `train.rates` matches nothing, an option means nothing to this optimiser, or the device lacks it.
+        ConfigError: a pattern of `train.rates` matches nothing, an option means nothing to this optimiser, the device lacks it, or
+            `in_backward` is asked for together with clipping or with an optimiser that cannot do it.
         DependencyError: the optimiser's package is not installed.
     """
     config = train.optimizer
     build, options = _OPTIMIZERS[config.kind]
     _refuse_options_without_effect(config, options)
     groups = parameter_groups(named_parameters, train)
-    optimizer = build(groups, config)
+    if in_backward:
+        refuse_in_backward(config.kind, train.clip)
+        optimizer = InBackward(groups, lambda part: build(part, config))
+    else:
+        optimizer = build(groups, config)
     set_learning_rate(optimizer, 1.0)
     return optimizer
 
@@ -97,9 +115,11 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def use_final_weights(optimizer: torch.optim.Optimizer) -> None:
-    """Leaves the weights to judge and to export in the parameters, at the end of training (see `averaged_weights`)."""
+    """Leaves the weights to judge and to export in the parameters, at the end of training (see `averaged_weights`), and nothing else."""
     if hasattr(optimizer, "eval"):
         optimizer.eval()  # pyright: ignore[reportAttributeAccessIssue]  # schedule-free only
+    if isinstance(optimizer, FlatAdamW | InBackward):
+        optimizer.release()
 
 
 class Lion(torch.optim.Optimizer):
@@ -132,34 +152,6 @@ class Lion(torch.optim.Optimizer):
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, update, alpha=-group["lr"])
             torch._foreach_lerp_(momenta, gradients, 1 - beta2)
-
-
-class Combined(torch.optim.Optimizer):
-    """Several optimisers over parameters of their own that act as one: one step, one list of groups, one state."""
-
-    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
-        super().__init__([group for part in parts for group in part.param_groups], {})
-        self.parts = parts
-        self._share_groups()
-
-    def _share_groups(self) -> None:
-        # The groups are the parts' own dictionaries: a learning rate set here is set there.
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # no closures here
-        """One step of each part."""
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The parts' own states, in order."""
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self._share_groups()
 
 
 def _rate_and_decay(name: str, parameter: nn.Parameter, train: Train, rate: RateGroup | None) -> tuple[float, float]:
@@ -222,9 +214,38 @@ def _package(name: str, kind: str, extra: str) -> Any:
 
 
 def _adamw(groups: list[Group], config: OptimizerConfig) -> torch.optim.Optimizer:
-    # Fused: one kernel for all tensors of a group, on the CPU too; LoRA has hundreds of small ones.
+    """Flat buffers for adapters, torch's own for whole models.
+
+    An adapter's hundreds of small tensors are worth one buffer. Flat gradients stay in memory between steps, which is nothing for an
+    adapter and as much as the weights for a whole model, whose tensors are large enough to be fast one by one.
+    """
+    betas, eps = config.betas or (0.9, 0.999), config.eps
+    if _is_adapter(groups):
+        return FlatAdamW(groups, betas=betas, eps=eps)
+    # Fused: one kernel for all tensors of a group, on the CPU too.
     fused = _devices(groups) <= {"cpu", "cuda", "mps", "xpu"}
-    return torch.optim.AdamW(groups, betas=config.betas or (0.9, 0.999), eps=config.eps, fused=fused)
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused)
+
+
+def _is_adapter(groups: list[Group]) -> bool:
+    parameters = [p for group in groups for p in group["params"]]
+    # One parameter alone gains nothing: that is how `InBackward` asks.
+    return len(parameters) > 1 and any("lora_" in name for group in groups for name in group["names"])
+
+
+def _adamw_8bit(groups: list[Group], config: OptimizerConfig) -> torch.optim.Optimizer:
+    # bitsandbytes where it is installed: what runs were measured with, and its state stays readable. Ours needs no package.
+    if _is_there("bitsandbytes"):
+        return _bitsandbytes("AdamW8bit")(groups, config)
+    return FlatAdamW(groups, betas=config.betas or (0.9, 0.999), eps=config.eps, bits=8, flat_gradients=_is_adapter(groups))
+
+
+def _is_there(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 def _adafactor(groups: list[Group], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -300,7 +321,7 @@ _ADAM = frozenset({"betas", "eps"})
 _OPTIMIZERS: dict[str, tuple[Builder, frozenset[str]]] = {
     # name: (how it is built, which options of train.optimizer it knows)
     "adamw": (_adamw, _ADAM),
-    "adamw_8bit": (_bitsandbytes("AdamW8bit"), _ADAM),
+    "adamw_8bit": (_adamw_8bit, _ADAM),
     "paged_adamw": (_bitsandbytes("PagedAdamW"), _ADAM),
     "paged_adamw_8bit": (_bitsandbytes("PagedAdamW8bit"), _ADAM),
     "adafactor": (_adafactor, frozenset()),

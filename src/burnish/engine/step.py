@@ -18,9 +18,11 @@ import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from burnish.core.errors import TrainingError
+from burnish.core.errors import ConfigError, TrainingError, Where
 from burnish.data.types import Batch
 from burnish.engine.backend import Backend
+from burnish.engine.combined import InBackward, Witness, refuse_in_backward
+from burnish.engine.flat import FlatAdamW
 from burnish.engine.guard import GradientGuard
 from burnish.engine.optim import set_learning_rate
 from burnish.objectives.base import Loss
@@ -73,7 +75,11 @@ class Stepper:
         self.multiplier = multiplier
         self.clip = clip
         self.patience = patience
-        self.guard = GradientGuard(named_parameters)
+        self._witnesses: dict[str, Any] = {}
+        if isinstance(optimizer, InBackward):
+            self._refuse_what_needs_all_gradients()
+            self._witnesses = {name: Witness(parameter) for name, parameter in named_parameters.items()}
+        self.guard = GradientGuard(self._witnesses or named_parameters)
         self.step = 0
         self.skipped = 0
         self._skipped_in_a_row = 0
@@ -83,12 +89,15 @@ class Stepper:
         """Adds the gradient of one micro-batch.
 
         Raises:
-            TrainingError: the step trains nothing, so that there is nothing to divide by, or the loss depends on no trained parameter.
+            TrainingError: the step trains nothing, so that there is nothing to divide by, the loss depends on no trained parameter, or
+                the optimiser updates within the backward pass and the step has several micro-batches.
         """
         if not batch.step_weight > 0:
             raise TrainingError(f"a step must train something, found a total weight of {batch.step_weight}")
         share = self.backend.world_size / batch.step_weight
         scale = self.backend.loss_scale.scale if self.backend.loss_scale else 1.0
+        if isinstance(self.optimizer, InBackward):
+            self._begin_in_backward(batch)
         if loss.sum.requires_grad:
             (loss.sum * (share * scale)).backward()
         elif batch.weight:  # a placeholder of a rank without examples may be cut off
@@ -107,16 +116,14 @@ class Stepper:
             TrainingError: micro-batches are missing, too many steps in a row were not finite, or trained parameters got no gradient
                 (see `engine.guard`).
         """
-        self.backend.average_gradients(self.parameters)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
         scale = self.backend.loss_scale.scale if self.backend.loss_scale else 1.0
-        norm, sums = self._sums.collect(get_total_norm(gradients), self.backend)
+        norm, sums = self._sums.collect(self._gradient_norm(), self.backend)
         norm /= scale
         loss = self._mean_loss(sums.pop("loss", (0.0, 0.0)))
         finite = math.isfinite(norm) and math.isfinite(loss)
         multiplier = self.multiplier(self.step)
         if finite:
-            self._apply(gradients, norm, scale, multiplier)
+            self._apply(norm, scale, multiplier)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._count_skips(finite, loss, norm)
@@ -159,17 +166,63 @@ class Stepper:
             )
         return amount / weight
 
+    def _gradient_norm(self) -> torch.Tensor:
+        """Averages the gradients over the ranks; their norm, with the loss scale still in it."""
+        if isinstance(self.optimizer, InBackward):
+            norms = self.optimizer.finish()
+            for witness in self._witnesses.values():
+                witness.note(norms)
+            return get_total_norm(norms.values())
+        if isinstance(self.optimizer, FlatAdamW) and self.optimizer.flat_gradients:
+            self.backend.average_gradients(self.optimizer.flat_parameters())
+            return self.optimizer.gradient_norm()
+        self.backend.average_gradients(self.parameters)
+        return get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
     @torch.no_grad()
-    def _apply(self, gradients: list[torch.Tensor], norm: float, scale: float, multiplier: float) -> None:
+    def _apply(self, norm: float, scale: float, multiplier: float) -> None:
         factor = 1.0 / scale
         if self.clip is not None and norm > self.clip:
             factor *= self.clip / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
-        if factor != 1.0:
-            torch._foreach_mul_(gradients, factor)
         if not self.guard.done:
             self.guard.look()
+        if isinstance(self.optimizer, InBackward):
+            for witness in [] if self.guard.done else self._witnesses.values():
+                witness.settle()
+            return
         set_learning_rate(self.optimizer, multiplier)
+        if isinstance(self.optimizer, FlatAdamW):
+            self.optimizer.step(grad_scale=factor)
+            return
+        if factor != 1.0:
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
         self.optimizer.step()
+
+    def _begin_in_backward(self, batch: Batch) -> None:
+        assert isinstance(self.optimizer, InBackward)
+        if not batch.last:
+            self.optimizer.refuse_more()
+        set_learning_rate(self.optimizer, self.multiplier(self.step))
+        self.optimizer.begin()
+
+    def _refuse_what_needs_all_gradients(self) -> None:
+        """An update within the backward pass comes before clipping, averaging and a look for overflow.
+
+        Raises:
+            ConfigError: one of them is on.
+        """
+        refuse_in_backward("", self.clip)
+        reasons = {
+            "several processes average their gradients": self.backend.world_size > 1,
+            "float16 looks for overflow": self.backend.loss_scale is not None,
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ConfigError(
+                    f"{reason} before the update, and with in_backward that has happened by then",
+                    where=Where(field="train.optimizer.in_backward"),
+                    hint="set it to false",
+                )
 
     def _count_skips(self, finite: bool, loss: float, norm: float) -> None:
         scale = self.backend.loss_scale

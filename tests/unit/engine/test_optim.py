@@ -143,7 +143,7 @@ def test_lora_plus_without_lora_is_refused():
         build_optimizer({"w": nn.Parameter(torch.ones(2, 2))}, train(lora_plus_ratio=4))
 
 
-@pytest.mark.parametrize(("kind", "package"), [("adamw_8bit", "bitsandbytes"), ("adamw_schedule_free", "schedulefree")])
+@pytest.mark.parametrize(("kind", "package"), [("adamw_schedule_free", "schedulefree")])
 def test_a_missing_package_is_named(kind: str, package: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DependencyError, match=f"needs the package {package}"):
