@@ -190,9 +190,11 @@ class FlatAdamW(torch.optim.Optimizer):
         if not grads:
             return torch.zeros(())
         device = grads[0].device
-        rows = [torch.linalg.vector_norm(grad.view(-1, BLOCK), dim=1, dtype=torch.float32).to(device) for grad in grads]
         wide = torch.float32 if device.type == "mps" else torch.float64
-        return torch.linalg.vector_norm(rows[0] if len(rows) == 1 else torch.cat(rows), dtype=wide)
+        rows = [
+            torch.linalg.vector_norm(grad.view(-1, BLOCK), dim=1, dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in grads
+        ]
+        return torch.linalg.vector_norm(torch.cat([norms.to(device, wide) for norms in rows]))
 
     def release(self) -> None:
         """Gives every parameter memory of its own again, and no gradient. For the end of training; a further step makes new buffers."""
@@ -213,12 +215,13 @@ class FlatAdamW(torch.optim.Optimizer):
         if any(group.get("amsgrad") or group.get("maximize") for group in groups):
             raise ValueError("the state is of AdamW with amsgrad or maximize, which this one has not")
         numbers = [number for group in groups for number in group["params"]]
-        super().load_state_dict({"state": {}, "param_groups": groups})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            found = state_dict["state"].get(number)
-            if found:
-                self.state[parameter] = _checked(found, parameter, self._bits(parameter))
+        found: dict[nn.Parameter, dict[str, Any]] = {}
+        for number, parameter in zip(numbers, parameters, strict=False):  # unequal numbers are refused below
+            if state := state_dict["state"].get(number):
+                found[parameter] = _checked(state, parameter, self._bits(parameter))
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self.state.update(found)
         self._settle()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -280,7 +283,7 @@ class FlatAdamW(torch.optim.Optimizer):
         half = first.dtype in (torch.float16, torch.bfloat16)
         wide = torch.float32 if half and self._options.master_weights else first.dtype
         if half and self._options.master_weights:
-            buffer.master = torch.full((size,), torch.nan, device=first.device)  # NaN until `_begin_master`
+            buffer.master = torch.zeros(size, device=first.device)  # filled by `_begin_master`
         if bits == 8:
             state = Quantised.zeros(size, first.device)
             buffer.moments = [state.first, state.first_scale, state.second, state.second_scale]

@@ -10,7 +10,7 @@ from torch import nn
 
 from burnish.config.sections import Train
 from burnish.core.errors import ConfigError, DependencyError
-from burnish.engine.optim import Combined, Lion, averaged_weights, build_optimizer, parameter_groups, set_learning_rate
+from burnish.engine.optim import Combined, FlatAdamW, Lion, averaged_weights, build_optimizer, parameter_groups, set_learning_rate
 
 ON_CPU = ("adamw", "adamw_8bit", "adafactor", "lion", "muon", "sgd", "adamw_schedule_free")
 
@@ -148,6 +148,30 @@ def test_a_missing_package_is_named(kind: str, package: str, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DependencyError, match=f"needs the package {package}"):
         build_optimizer(named(), train(optimizer=kind))
+
+
+def test_8bit_state_needs_no_package(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    parameters, twins = named(), named()
+    adapter = build_optimizer(parameters, train(optimizer="adamw_8bit"))
+    whole = build_optimizer({"layers.0.up_proj.weight": twins["layers.0.up_proj.weight"]}, train(optimizer="adamw_8bit"))
+    assert isinstance(adapter, FlatAdamW) and adapter.flat_gradients
+    assert isinstance(whole, FlatAdamW) and not whole.flat_gradients  # a whole model's gradients do not stay in memory
+    for optimizer, which in ((adapter, parameters), (whole, twins)):
+        give_gradients(which, 0)
+        optimizer.step()
+    assert adapter.state[parameters["layers.0.up_proj.weight"]]["exp_avg_codes"].dtype == torch.int8
+    torch.testing.assert_close(parameters["layers.0.up_proj.weight"], twins["layers.0.up_proj.weight"])
+
+
+def test_a_state_of_the_other_8bit_optimizer_is_refused(monkeypatch: pytest.MonkeyPatch):
+    parameters = named()
+    theirs = build_optimizer(parameters, train(optimizer="adamw_8bit"))
+    give_gradients(parameters, 0)
+    theirs.step()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match="of a parameter of shape"):
+        build_optimizer(named(), train(optimizer="adamw_8bit")).load_state_dict(theirs.state_dict())
 
 
 def test_muon_takes_the_hidden_matrices_only():

@@ -14,6 +14,7 @@ from burnish.core.errors import TrainingError
 from burnish.data.collate import collate
 from burnish.data.types import Batch, Example
 from burnish.engine.backend import Backend, LossScale
+from burnish.engine.flat import FlatAdamW
 from burnish.engine.optim import build_optimizer
 from burnish.engine.step import Stepper
 from burnish.objectives.base import Loss
@@ -76,6 +77,45 @@ def test_clipping_equals_torch(clip: float | None):
     assert result.grad_norm == pytest.approx(norm.item(), rel=1e-6)
     for name, parameter in twin.trainable().items():
         torch.testing.assert_close(policy.trainable()[name], parameter, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_flat_gradients_are_clipped_the_same(clip: float | None):
+    """Clipping, loss scale and update in one pass: the result is that of three."""
+    policy, twin = TinyPolicy(), TinyPolicy()
+    backend = Backend(precision="float32", cpu=True)
+    backend.loss_scale = LossScale(1024.0)
+    optimizer = FlatAdamW(policy.trainable().values(), lr=0.1, weight_decay=0.01)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = 0.1
+    steps = Stepper(backend, optimizer, policy.trainable(), learning_rate=0.1, clip=clip)
+    torchs = torch.optim.AdamW(twin.trainable().values(), lr=0.1, weight_decay=0.01)
+    for _ in range(3):
+        for batch in batches([3, 5]):
+            steps.accumulate(TinyObjective()(policy, batch), batch)
+            (TinyObjective()(twin, batch).sum / batch.step_weight).backward()
+        result = steps.update()
+        norm = torch.nn.utils.clip_grad_norm_(twin.trainable().values(), clip or math.inf)
+        torchs.step()
+        torchs.zero_grad()
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    for name, parameter in twin.trainable().items():
+        torch.testing.assert_close(policy.trainable()[name], parameter, rtol=1e-4, atol=1e-4)
+
+
+def test_flat_gradients_that_are_not_finite_never_reach_the_optimizer():
+    policy = TinyPolicy()
+    optimizer = FlatAdamW([{"params": list(policy.trainable().values()), "peak_lr": 0.01}])
+    steps, objective = Stepper(Backend(precision="float32", cpu=True), optimizer, policy.trainable(), learning_rate=0.01), Poison({1})
+    (batch,) = batches([8])
+    before: dict[str, torch.Tensor] = {}
+    for number in range(3):
+        steps.accumulate(objective(policy, batch), batch)
+        assert steps.update().skipped == (number == 1)
+        after = {name: p.detach().clone() for name, p in policy.trainable().items()}
+        assert number == 0 or all(torch.equal(after[name], before[name]) == (number == 1) for name in after)
+        before = after
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
 
 
 def test_a_step_reports_what_it_did():
