@@ -216,7 +216,7 @@ class FlatAdamW(torch.optim.Optimizer):
             raise ValueError("the state is of AdamW with amsgrad or maximize, which this one has not")
         numbers = [number for group in groups for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        found: dict[nn.Parameter, dict[str, Any]] = {}
+        found: dict[torch.Tensor, dict[str, Any]] = {}
         for number, parameter in zip(numbers, parameters, strict=False):  # unequal numbers are refused below
             if state := state_dict["state"].get(number):
                 found[parameter] = _checked(state, parameter, self._bits(parameter))

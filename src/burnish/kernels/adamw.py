@@ -134,7 +134,8 @@ def adamw(
         segments: Without overlap.
         grad_scale: Factor on the gradient: 1 / loss scale, times the clip factor.
         shadow: [N] copy of `param` in another type, written in the same pass.
-        impl: Who computes it. Half precision is read and written as such and computed in fp32.
+        impl: Who computes it. Half precision is read and written as such and computed in fp32. What the C kernel does not take (half
+            precision parameters or moments) goes to torch.
 
     Raises:
         ValueError: shapes differ, a buffer is not contiguous, or a segment lies outside.
@@ -145,8 +146,8 @@ def adamw(
         from burnish.kernels.gpu import adamw as gpu  # only where Triton is
 
         gpu.adamw(param, grad, exp_avg, exp_avg_sq, segments, grad_scale, shadow)
-    elif chosen == "native" and param.dtype == grad.dtype == torch.float32:
-        _native()(param, grad, exp_avg, exp_avg_sq, segments, grad_scale, shadow)
+    elif chosen == "native" and param.dtype == exp_avg.dtype == exp_avg_sq.dtype == torch.float32 and grad.dtype in _NATIVE_GRADIENTS:
+        _in_c(param, grad, exp_avg, exp_avg_sq, segments, grad_scale, shadow)
     else:
         _fused(param, grad, exp_avg, exp_avg_sq, segments, grad_scale, shadow)
 
@@ -304,8 +305,26 @@ def _fused(
             shadow[segment.start : segment.stop].copy_(p)
 
 
-def _native() -> Callable[..., None]:
-    return cast("Callable[..., None]", getattr(native, "adamw_flat"))  # noqa: B009  # built with the C kernels
+_NATIVE_GRADIENTS = (torch.float32, torch.bfloat16)
+
+
+def _in_c(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    segments: Sequence[Segment],
+    grad_scale: float,
+    shadow: torch.Tensor | None,
+) -> None:
+    """By the C kernel, one call for each segment."""
+    update = cast("Callable[..., None]", getattr(native, "adamw_flat"))  # noqa: B009  # there where the C kernels are
+    for s in segments:
+        parts = (x[s.start : s.stop] for x in (param, grad, exp_avg, exp_avg_sq))
+        corrections = (1 - s.beta1**s.step, 1 - s.beta2**s.step)
+        update(*parts, s.lr, s.beta1, s.beta2, s.eps, s.weight_decay, *corrections, grad_scale)
+        if shadow is not None:
+            shadow[s.start : s.stop].copy_(param[s.start : s.stop])
 
 
 def _has() -> frozenset[str]:

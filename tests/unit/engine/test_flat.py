@@ -80,7 +80,7 @@ def test_every_step_is_torchs(options: dict[str, bool], flat_gradients: bool):
         for a, b in zip(ours.values(), theirs.values(), strict=True):
             assert flat.state[a]["step"] == torchs.state[b]["step"]
             for key in ("exp_avg", "exp_avg_sq"):
-                torch.testing.assert_close(flat.state[a][key], torchs.state[b][key], rtol=1e-6, atol=1e-8)
+                torch.testing.assert_close(flat.state[a][key], torchs.state[b][key], rtol=1e-6, atol=1e-7)
 
 
 def test_a_factor_on_the_gradient_is_part_of_the_step():

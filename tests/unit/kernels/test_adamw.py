@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from burnish.kernels import native
 from burnish.kernels.adamw import (
     BLOCK,
     CASES,
@@ -76,6 +77,49 @@ def torch_step(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tenso
     state["step"], state["exp_avg"], state["exp_avg_sq"] = torch.tensor(float(segment.step - 1)), m, v
     optimizer.step()
     p.copy_(parameter.detach())
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_the_c_kernel_is_as_exact(name: str, case: dict[str, Any]):
+    if not hasattr(native, "adamw_flat") or not native.ready():
+        pytest.skip("the C kernels are not compiled here")
+    segments, size = layout(case, step=3)
+    scale = case.get("grad_scale", 1.0)
+    start = buffers(size)
+    truth = [x.double() for x in start]
+    adamw_reference(*truth, segments, grad_scale=scale)
+    plain, ours = ([x.clone() for x in start] for _ in range(2))
+    for segment in segments:
+        part = slice(segment.start, segment.stop)
+        torch_step(*(x[part] for x in plain), segment, scale)
+    adamw(*ours, segments, grad_scale=scale, impl="native")
+    kept = (0, 2, 3)
+    for i, most, seen in zip(
+        kept,
+        error([plain[i] for i in kept], [truth[i] for i in kept]),
+        error([ours[i] for i in kept], [truth[i] for i in kept]),
+        strict=True,
+    ):
+        assert seen <= 1.05 * most + 2e-7 * truth[i].abs().max().item()
+
+
+def test_the_c_kernel_gets_each_segment(monkeypatch: pytest.MonkeyPatch):
+    """The order of its arguments, and half precision goes elsewhere; the kernel itself has its own tests."""
+    calls: list[tuple[float, ...]] = []
+
+    def stand_in(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, *factors: float) -> None:
+        calls.append(factors)
+        p.fill_(len(calls))
+
+    monkeypatch.setattr(native, "adamw_flat", stand_in, raising=False)
+    segments, size = layout(CASES[2][1], step=3)
+    p, g, m, v = buffers(size)
+    shadow = torch.zeros(size, dtype=torch.bfloat16)
+    adamw(p, g, m, v, segments, grad_scale=0.5, shadow=shadow, impl="native")
+    assert calls[1] == pytest.approx((0.02, 0.8, 0.95, 1e-8, 0.1, 1 - 0.8**4, 1 - 0.95**4, 0.5))
+    assert p[:700].eq(1).all() and shadow[756:1056].eq(2).all() and not shadow[700:756].any()
+    adamw(*buffers(size, torch.float16), segments, impl="native")
+    assert len(calls) == 2
 
 
 def test_what_is_outside_all_segments_stays():
