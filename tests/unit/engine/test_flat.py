@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from tests.unit.engine.conftest import TinyPolicy
 from tests.unit.engine.test_loop import SignalAt
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from burnish.config.sections import Train
+from burnish.config.sections import Adapter, Train
 from burnish.core.errors import Interrupted
 from burnish.engine import checkpoint
 from burnish.engine.backend import Backend
@@ -23,6 +24,9 @@ from burnish.engine.loop import Job
 from burnish.engine.loop import train as train_loop
 from burnish.engine.optim import build_optimizer, parameter_groups
 from burnish.kernels.adamw import BLOCK
+from burnish.models import adapters
+from burnish.models.adapters import attach
+from burnish.models.quiet import quiet
 
 SHAPES = {"a.lora_A": (4, 33), "a.lora_B": (40, 4), "norm": (33,), "scalar": (), "big.lora_A": (130, 64)}
 
@@ -432,3 +436,38 @@ def test_options_are_kept_by_a_copy():
     flat = copy.deepcopy(FlatAdamW([nn.Parameter(torch.ones(5000))], bits=8, flat_gradients=False))
     assert dataclasses.astuple(flat._options) == (8, False, False, "auto")
     assert not flat.flat_gradients
+
+
+def test_a_whole_model_is_saved_from_its_views(tmp_path: Path):
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=40
+    )
+    model = LlamaForCausalLM(config)
+    flat = FlatAdamW(model.parameters(), lr=0.01)
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    flat.step()
+    with quiet():
+        model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored.keys() == model.state_dict().keys()
+    assert all(torch.equal(stored[name], value) for name, value in model.state_dict().items())
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 2 * sum(p.nbytes for p in model.parameters())
+
+
+def test_an_adapter_is_saved_and_loaded_in_its_views(tmp_path: Path):
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=40
+    )
+    model = attach(LlamaForCausalLM(config), Adapter(rank=2, alpha=4))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    flat = FlatAdamW(trained.values(), lr=0.01)
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    flat.step()
+    kept = {name: p.detach().clone() for name, p in trained.items()}
+    adapters.save(model, tmp_path)
+    state = {name.removesuffix(".weight"): value for name, value in load_file(tmp_path / adapters.WEIGHTS_FILE).items()}
+    assert len(state) == len(kept)
+    assert all(torch.equal(state[name.replace(".default", "").removesuffix(".weight")], value) for name, value in kept.items())
+    model.load_state_dict({name: torch.zeros_like(p) for name, p in trained.items()}, strict=False)
+    (buffer,) = flat.flat_parameters()
+    assert not buffer.any()  # what is loaded arrives in the buffer
