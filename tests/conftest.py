@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton; tests/gpu are run with TRITON_INTERPRET=0
 
 import pytest
 

@@ -1,8 +1,5 @@
-"""Triton's interpreter runs the kernels on the CPU. It must be chosen before triton is imported."""
-
-import os
+"""Triton's interpreter runs the kernels on the CPU; tests/conftest.py switches it on."""
 
 import pytest
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
