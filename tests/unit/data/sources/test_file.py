@@ -22,14 +22,14 @@ ROWS = [{"n": 1}, {"n": 2}]
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("a.jsonl.gz", gzip.compress(TEXT)),
-        ("a.jsonl.gz", gzip.compress(TEXT[:9]) + gzip.compress(TEXT[9:])),
+        ("a.jsonl.gz", gzip.compress(TEXT, mtime=0)),
+        ("a.jsonl.gz", gzip.compress(TEXT[:9], mtime=0) + gzip.compress(TEXT[9:], mtime=0)),
         ("a.jsonl.zst", zstandard.compress(TEXT)),
         ("a.jsonl.zst", zstandard.compress(TEXT[:9]) + zstandard.compress(TEXT[9:])),
-        ("a.json.gz", gzip.compress(b'[{"n": 1}, {"n": 2}]')),
-        ("a.JSON.GZ", gzip.compress(b'[{"n": 1}, {"n": 2}]')),
+        ("a.json.gz", gzip.compress(b'[{"n": 1}, {"n": 2}]', mtime=0)),
+        ("a.JSON.GZ", gzip.compress(b'[{"n": 1}, {"n": 2}]', mtime=0)),
         ("a.csv.zst", zstandard.compress(b"n\n1\n2\n")),
-        ("a.txt.gz", gzip.compress(b"1\n<|endoftext|>\n2\n")),
+        ("a.txt.gz", gzip.compress(b"1\n<|endoftext|>\n2\n", mtime=0)),
     ],
 )
 def test_compressed_files(read: Read, name: str, data: bytes) -> None:
@@ -57,7 +57,7 @@ def test_a_suffix_that_promises_compression(read: Read, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.json", gzip.compress(TEXT), "a.json: this is gzip data; give the file the suffix .gz"),
+        ("a.json", gzip.compress(TEXT, mtime=0), "a.json: this is gzip data; give the file the suffix .gz"),
         ("a.jsonl", zstandard.compress(TEXT), "a.jsonl: this is zstd data; give the file the suffix .zst"),
         ("a.json", b"PAR1....", "a.json: this is Parquet data; give the file the suffix .parquet"),
         ("a.txt", b"ARROW1\0\0", "a.txt: this is Arrow data; give the file the suffix .arrow"),
