@@ -89,8 +89,9 @@ def _backward(
         scale = tl.load(weight + column, mask=present, other=0.0).to(tl.float32) + offset
     if TRAINED:
         total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(0)
+    while block < tl.cdiv(rows, ROWS):  # not a range: the interpreter of older versions cannot count with tensors
+        row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & present[None, :]
         g = tl.load(dy + row[:, None] * dy_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
         inverse = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
@@ -103,6 +104,7 @@ def _backward(
         if SUMMED:
             gradient += tl.load(dsummed + row[:, None] * dsummed_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + row[:, None] * SIZE + column[None, :], gradient.to(dx.dtype.element_ty), mask=mask)
+        block += tl.num_programs(0)
     if TRAINED:
         tl.store(partial + tl.program_id(0) * SIZE + column, total, mask=present)
 
@@ -193,7 +195,7 @@ def _shape(rows: int, size: int) -> dict[str, Any]:
     """Block sizes and warps: a whole row, and as many rows as fill a block."""
     block = triton.next_power_of_2(size)
     together = max(1, min(_MOST_ROWS, _BLOCK // block, triton.next_power_of_2(rows)))
-    warps = min(16, max(4, block * together // 1024))
+    warps = min(16, max(4, block * together // 512))
     return {"SIZE": size, "ROWS": together, "BLOCK": block, "num_warps": warps}
 
 

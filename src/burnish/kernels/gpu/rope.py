@@ -50,23 +50,25 @@ def _rotate(
     c2 = tl.load(cos + angle + HALF, mask=mask, other=0.0).to(tl.float32)
     s1 = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)
     s2 = tl.load(sin + angle + HALF, mask=mask, other=0.0).to(tl.float32)
-    for head in range(first, tl.minimum(first + HEADS, heads)):
-        source = x + tl.cast(head, tl.int64) * x_head + token[:, None] * x_token
-        target = out + tl.cast(head, tl.int64) * out_head + token[:, None] * out_token
-        x1 = tl.load(source + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(source + column[None, :] + HALF, mask=mask, other=0.0).to(tl.float32)
-        if INVERSE:
-            y1 = x1 * c1 + x2 * s2
-            y2 = x2 * c2 - x1 * s1
-        else:
-            y1 = x1 * c1 - x2 * s1
-            y2 = x2 * c2 + x1 * s2
-        tl.store(target + column[None, :], y1.to(out.dtype.element_ty), mask=mask)
-        tl.store(target + column[None, :] + HALF, y2.to(out.dtype.element_ty), mask=mask)
-        if REST > 0 and not INPLACE:
-            beyond = 2 * HALF + tl.arange(0, REST)[None, :]
-            rest = there & (beyond < SIZE)
-            tl.store(target + beyond, tl.load(source + beyond, mask=rest), mask=rest)
+    for i in tl.static_range(HEADS):
+        if first + i < heads:
+            head = (first + i).to(tl.int64)
+            source = x + head * x_head + token[:, None] * x_token
+            target = out + head * out_head + token[:, None] * out_token
+            x1 = tl.load(source + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            x2 = tl.load(source + column[None, :] + HALF, mask=mask, other=0.0).to(tl.float32)
+            if INVERSE:
+                y1 = x1 * c1 + x2 * s2
+                y2 = x2 * c2 - x1 * s1
+            else:
+                y1 = x1 * c1 - x2 * s1
+                y2 = x2 * c2 + x1 * s2
+            tl.store(target + column[None, :], y1.to(out.dtype.element_ty), mask=mask)
+            tl.store(target + column[None, :] + HALF, y2.to(out.dtype.element_ty), mask=mask)
+            if REST > 0 and not INPLACE:
+                beyond = 2 * HALF + tl.arange(0, REST)[None, :]
+                rest = there & (beyond < SIZE)
+                tl.store(target + beyond, tl.load(source + beyond, mask=rest), mask=rest)
 
 
 @triton.jit
