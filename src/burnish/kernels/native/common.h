@@ -1,0 +1,132 @@
+/* What every kernel here shares: bf16 and fp32 elements, sums over a row, and exp, tanh and erf that a compiler can vectorise.
+
+   A function that takes `half` reads or writes bf16 (1) or fp32 (0). All of them are inlined with a literal, so that the test costs
+   nothing. Arithmetic is fp32. The compiler is told to contract nothing into fused multiply-adds (-ffp-contract=off), since torch's
+   separate operations round one by one; FMA() below is the only place where they are wanted. */
+
+#ifndef BURNISH_COMMON_H
+#define BURNISH_COMMON_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+#define PRAGMA(x) _Pragma(#x)
+#define SIMD PRAGMA(omp simd)
+#define SIMD_SUM(...) PRAGMA(omp simd reduction(+ : __VA_ARGS__))
+
+typedef int64_t i64;
+
+/* Elements summed in fp32 before they go into an fp64 total: the error of a row's sum does not grow with the row. */
+enum { BLOCK = 512 };
+
+#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define FMA(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define FMA(a, b, c) ((a) * (b) + (c))
+#endif
+
+INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+INLINE i64 larger(i64 a, i64 b) { return a > b ? a : b; }
+
+INLINE uint32_t bits_of(float f) {
+    uint32_t u;
+    memcpy(&u, &f, sizeof u);
+    return u;
+}
+
+INLINE float float_of(uint32_t u) {
+    float f;
+    memcpy(&f, &u, sizeof f);
+    return f;
+}
+
+/* fp32 -> bf16, to nearest, ties to even; a NaN stays one. */
+INLINE uint16_t narrow(float f) {
+    uint32_t u = bits_of(f);
+    uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+INLINE float widen(uint16_t b) { return float_of((uint32_t)b << 16); }
+
+/* The value as it would be read back from memory. */
+INLINE float rounded(float f, int half) { return half ? widen(narrow(f)) : f; }
+
+INLINE float load(const void *p, i64 i, int half) { return half ? widen(((const uint16_t *)p)[i]) : ((const float *)p)[i]; }
+
+INLINE void store(void *p, i64 i, float f, int half) {
+    if (half)
+        ((uint16_t *)p)[i] = narrow(f);
+    else
+        ((float *)p)[i] = f;
+}
+
+INLINE size_t width(int half) { return half ? sizeof(uint16_t) : sizeof(float); }
+
+/* Pointer to element i of bf16 or fp32 memory; NULL stays NULL. */
+INLINE const void *at(const void *p, i64 i, int half) { return p ? (const char *)p + i * (i64)width(half) : NULL; }
+INLINE void *out_at(void *p, i64 i, int half) { return p ? (char *)p + i * (i64)width(half) : NULL; }
+
+/* exp(x) within about one unit in the last place. exp(r) on |r| <= ln 2 / 2 is a minimax polynomial (error 2^-28), times 2^n. Results
+   below 2^-125 are zero: where it is used they are added to 1 or to a sum of at least 1. NaN and infinities come through. */
+INLINE float fast_exp(float x) {
+    const float low = -86.64f, magic = 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the nearest integer */
+    float c = x < low ? low : x;
+    c = c > 89.0f ? 89.0f : c;
+    float z = FMA(c, 1.44269504f, magic), n = z - magic;
+    float r = FMA(n, -0.693359375f, c);
+    r = FMA(n, 2.12194440e-4f, r);
+    float q = FMA(0.0013950539021f, r, 0.0083689178996f);
+    q = FMA(q, r, 0.0416662051f);
+    q = FMA(q, r, 0.16666518602f);
+    q = FMA(q, r, 0.50000000954f);
+    float p = FMA(q * r, r, r) + 1.0f;
+    float scale = float_of((bits_of(z) - bits_of(magic) + 126u) << 23); /* 2^(n - 1): 2^128 would be infinite, 2 * 2^127 need not be */
+    float y = (p + p) * scale;
+    return x < low ? 0.0f : y;
+}
+
+/* tanh(x): an odd polynomial where it is near x, else 1 - 2 / (exp(2x) + 1). */
+INLINE float fast_tanh(float x) {
+    float a = float_of(bits_of(x) & 0x7fffffffu), s = a * a;
+    float t = FMA(0.0021475372899f, s, -0.0081826742229f);
+    t = FMA(t, s, 0.021702967185f);
+    t = FMA(t, s, -0.053947204263f);
+    t = FMA(t, s, 0.13333209763f);
+    t = FMA(t, s, -0.33333330907f);
+    float small = FMA(a * s, t, a);
+    float large = 1.0f - 2.0f / (fast_exp(2.0f * a) + 1.0f);
+    float y = a < 0.625f ? small : large;
+    return float_of(bits_of(y) | (bits_of(x) & 0x80000000u));
+}
+
+/* erf(x): an odd polynomial up to 1, beyond it 1 - exp(-r(|x|)) with r a polynomial for -log(erfc); 1 from 4 on. */
+INLINE float fast_erf(float x) {
+    float a = float_of(bits_of(x) & 0x7fffffffu);
+    float c = a > 4.0f ? 4.0f : a, s = c * c;
+    float p = FMA(-9.6801451779e-6f, s, 0.00011270547574f);
+    p = FMA(p, s, -0.0008484711874f);
+    p = FMA(p, s, 0.0052210749071f);
+    p = FMA(p, s, -0.026865445832f);
+    p = FMA(p, s, 0.11283782747f);
+    p = FMA(p, s, -0.37612638484f);
+    p = FMA(p, s, 0.12837916706f);
+    float small = FMA(c, p, c);
+    float r = FMA(2.1686698105e-5f, c, -0.00044133448625f);
+    r = FMA(r, c, 0.004204551987f);
+    r = FMA(r, c, -0.025208228583f);
+    r = FMA(r, c, 0.10841853015f);
+    r = FMA(r, c, 0.63321993965f);
+    r = FMA(r, c, 1.1295783992f);
+    r = FMA(r, c, -0.00018803454439f);
+    float y = a < 1.0f ? small : 1.0f - fast_exp(-r);
+    y = a == a ? y : a;
+    return float_of(bits_of(y) | (bits_of(x) & 0x80000000u));
+}
+
+#endif

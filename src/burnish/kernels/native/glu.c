@@ -1,0 +1,93 @@
+/* Gated linear units: h = act(gate) * up, with act(gate) rounded to the tensors' type before the product, as torch's two operations do.
+
+     silu       a(x) = x / (1 + e^-x)          a' = s (1 + x (1 - s)),  s = 1 / (1 + e^-x)
+     gelu_tanh  a(x) = x s,  s = 1 / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3);  0.5 (1 + tanh u) without its cancellation for u < 0
+                                                a' = s + 2 x s (1 - s) u'
+     gelu       a(x) = x 0.5 (1 + erf(x / sqrt 2))   a' = 0.5 (1 + erf(x / sqrt 2)) + x e^(-x^2/2) / sqrt(2 pi)
+
+   Backward:  dup = dh a(gate),  dgate = round(dh up) a'(gate). */
+
+#include "common.h"
+
+enum { SILU, GELU_TANH, GELU };
+enum { CHUNK = 4096 };
+
+#define ROOT_2_OVER_PI 0.79788456f
+#define CUBIC 0.044715f
+
+INLINE float gelu_tanh_gate(float x) { return 1.0f / (1.0f + fast_exp(-2.0f * (ROOT_2_OVER_PI * (x + CUBIC * (x * x * x))))); }
+
+INLINE float gelu_gate(float x) { return 0.5f * (1.0f + fast_erf(x * 0.70710678f)); }
+
+INLINE float act(float x, int kind) {
+    if (kind == SILU) return x / (1.0f + fast_exp(-x));
+    return x * (kind == GELU_TANH ? gelu_tanh_gate(x) : gelu_gate(x));
+}
+
+INLINE float act_slope(float x, int kind) {
+    if (kind == SILU) {
+        float s = 1.0f / (1.0f + fast_exp(-x));
+        return s * (1.0f + x * (1.0f - s));
+    }
+    if (kind == GELU_TANH) {
+        float s = gelu_tanh_gate(x);
+        return s + 2.0f * x * s * (1.0f - s) * (ROOT_2_OVER_PI * (1.0f + 3.0f * CUBIC * (x * x)));
+    }
+    return gelu_gate(x) + x * (fast_exp(-0.5f * (x * x)) * 0.39894228f);
+}
+
+INLINE void forward_chunk(i64 n, const void *gate, const void *up, void *h, int kind, int half) {
+    SIMD for (i64 i = 0; i < n; i++) store(h, i, rounded(act(load(gate, i, half), kind), half) * load(up, i, half), half);
+}
+
+INLINE void backward_chunk(i64 n, const void *dh, const void *gate, const void *up, void *dgate, void *dup, void *h, int kind, int half) {
+    if (h) {
+        SIMD for (i64 i = 0; i < n; i++) store(h, i, rounded(act(load(gate, i, half), kind), half) * load(up, i, half), half);
+    }
+    SIMD for (i64 i = 0; i < n; i++) {
+        float d = load(dh, i, half), x = load(gate, i, half), u = load(up, i, half);
+        store(dup, i, d * rounded(act(x, kind), half), half);
+        store(dgate, i, rounded(d * u, half) * act_slope(x, kind), half);
+    }
+}
+
+#define EACH(M) M(SILU, 0) M(SILU, 1) M(GELU_TANH, 0) M(GELU_TANH, 1) M(GELU, 0) M(GELU, 1)
+
+/* gate and up: [n, m] with rows `sg` and `su` elements apart; h in one piece. */
+EXPORT void burnish_glu_forward(i64 n, i64 m, const void *gate, i64 sg, const void *up, i64 su, void *h, int kind, int half, int threads) {
+    (void)threads;
+    i64 chunks = (m + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(static) num_threads(threads) collapse(2)
+    for (i64 k = 0; k < n; k++)
+        for (i64 c = 0; c < chunks; c++) {
+            i64 a = c * CHUNK, size = smaller(CHUNK, m - a);
+            const void *g = at(gate, k * sg + a, half), *u = at(up, k * su + a, half);
+            void *y = out_at(h, k * m + a, half);
+            switch (kind << 1 | half) {
+#define CASE(e, f) \
+    case e << 1 | f: forward_chunk(size, g, u, y, e, f); break;
+                EACH(CASE)
+#undef CASE
+            }
+        }
+}
+
+/* dh, dgate, dup and h (or NULL) in one piece. */
+EXPORT void burnish_glu_backward(i64 n, i64 m, const void *dh, const void *gate, i64 sg, const void *up, i64 su, void *dgate, void *dup, void *h,
+                                 int kind, int half, int threads) {
+    (void)threads;
+    i64 chunks = (m + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(static) num_threads(threads) collapse(2)
+    for (i64 k = 0; k < n; k++)
+        for (i64 c = 0; c < chunks; c++) {
+            i64 a = c * CHUNK, size = smaller(CHUNK, m - a);
+            const void *g = at(gate, k * sg + a, half), *u = at(up, k * su + a, half), *d = at(dh, k * m + a, half);
+            void *dg = out_at(dgate, k * m + a, half), *du = out_at(dup, k * m + a, half), *y = out_at(h, k * m + a, half);
+            switch (kind << 1 | half) {
+#define CASE(e, f) \
+    case e << 1 | f: backward_chunk(size, d, g, u, dg, du, y, e, f); break;
+                EACH(CASE)
+#undef CASE
+            }
+        }
+}
