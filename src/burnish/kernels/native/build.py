@@ -30,7 +30,7 @@ import torch
 FLAGS = (
     *("-std=c11", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-strict-aliasing"),
     # Exact where torch is: no -ffast-math (NaN and infinities are kept), and no multiply-add that torch would round in two steps.
-    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+    *("-fno-thread-jumps", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 )
 SOURCES = Path(__file__).parent
 _TIMEOUT = 120  # seconds for the compiler, on a machine that is very busy

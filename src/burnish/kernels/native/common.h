@@ -45,17 +45,18 @@ INLINE float float_of(uint32_t u) {
     return f;
 }
 
-/* fp32 -> bf16, to nearest, ties to even; a NaN stays one. */
-INLINE uint16_t narrow(float f) {
+/* The bits of f rounded to a bf16, to nearest, ties to even, with what is below it still there; a NaN stays one. */
+INLINE uint32_t rounded_bits(float f) {
     uint32_t u = bits_of(f);
-    uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+    return f == f ? u + 0x7fffu + ((u >> 16) & 1u) : 0x7fc00000u;
 }
+
+INLINE uint16_t narrow(float f) { return (uint16_t)(rounded_bits(f) >> 16); }
 
 INLINE float widen(uint16_t b) { return float_of((uint32_t)b << 16); }
 
 /* The value as it would be read back from memory. */
-INLINE float rounded(float f, int half) { return half ? widen(narrow(f)) : f; }
+INLINE float rounded(float f, int half) { return half ? float_of(rounded_bits(f) & 0xffff0000u) : f; }
 
 INLINE float load(const void *p, i64 i, int half) { return half ? widen(((const uint16_t *)p)[i]) : ((const float *)p)[i]; }
 
@@ -75,8 +76,8 @@ INLINE void *out_at(void *p, i64 i, int half) { return p ? (char *)p + i * (i64)
 /* exp(x) within about one unit in the last place. exp(r) on |r| <= ln 2 / 2 is a minimax polynomial (error 2^-28), times 2^n. Results
    below 2^-125 are zero: where it is used they are added to 1 or to a sum of at least 1. NaN and infinities come through. */
 INLINE float fast_exp(float x) {
-    const float low = -86.64f, magic = 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the nearest integer */
-    float c = x < low ? low : x;
+    const float magic = 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the nearest integer */
+    float c = x < -87.0f ? -87.0f : x; /* there n is -126 and the scale's bits are those of zero */
     c = c > 89.0f ? 89.0f : c;
     float z = FMA(c, 1.44269504f, magic), n = z - magic;
     float r = FMA(n, -0.693359375f, c);
@@ -87,8 +88,7 @@ INLINE float fast_exp(float x) {
     q = FMA(q, r, 0.50000000954f);
     float p = FMA(q * r, r, r) + 1.0f;
     float scale = float_of((bits_of(z) - bits_of(magic) + 126u) << 23); /* 2^(n - 1): 2^128 would be infinite, 2 * 2^127 need not be */
-    float y = (p + p) * scale;
-    return x < low ? 0.0f : y;
+    return (p + p) * scale;
 }
 
 /* tanh(x): an odd polynomial where it is near x, else 1 - 2 / (exp(2x) + 1). */

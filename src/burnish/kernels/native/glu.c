@@ -15,13 +15,14 @@ enum { CHUNK = 4096 };
 #define ROOT_2_OVER_PI 0.79788456f
 #define CUBIC 0.044715f
 
-INLINE float gelu_tanh_gate(float x) { return 1.0f / (1.0f + fast_exp(-2.0f * (ROOT_2_OVER_PI * (x + CUBIC * (x * x * x))))); }
+/* 1 + e^-2u */
+INLINE float gelu_tanh_divisor(float x) { return 1.0f + fast_exp(-2.0f * (ROOT_2_OVER_PI * (x + CUBIC * (x * x * x)))); }
 
 INLINE float gelu_gate(float x) { return 0.5f * (1.0f + fast_erf(x * 0.70710678f)); }
 
 INLINE float act(float x, int kind) {
     if (kind == SILU) return x / (1.0f + fast_exp(-x));
-    return x * (kind == GELU_TANH ? gelu_tanh_gate(x) : gelu_gate(x));
+    return kind == GELU_TANH ? x / gelu_tanh_divisor(x) : x * gelu_gate(x);
 }
 
 INLINE float act_slope(float x, int kind) {
@@ -30,7 +31,7 @@ INLINE float act_slope(float x, int kind) {
         return s * (1.0f + x * (1.0f - s));
     }
     if (kind == GELU_TANH) {
-        float s = gelu_tanh_gate(x);
+        float s = 1.0f / gelu_tanh_divisor(x);
         return s + 2.0f * x * s * (1.0f - s) * (ROOT_2_OVER_PI * (1.0f + 3.0f * CUBIC * (x * x)));
     }
     return gelu_gate(x) + x * (fast_exp(-0.5f * (x * x)) * 0.39894228f);
@@ -40,14 +41,13 @@ INLINE void forward_chunk(i64 n, const void *gate, const void *up, void *h, int 
     SIMD for (i64 i = 0; i < n; i++) store(h, i, rounded(act(load(gate, i, half), kind), half) * load(up, i, half), half);
 }
 
-INLINE void backward_chunk(i64 n, const void *dh, const void *gate, const void *up, void *dgate, void *dup, void *h, int kind, int half) {
-    if (h) {
-        SIMD for (i64 i = 0; i < n; i++) store(h, i, rounded(act(load(gate, i, half), kind), half) * load(up, i, half), half);
-    }
+INLINE void backward_chunk(i64 n, const void *dh, const void *gate, const void *up, void *dgate, void *dup, void *h, int want_h, int kind,
+                           int half) {
     SIMD for (i64 i = 0; i < n; i++) {
-        float d = load(dh, i, half), x = load(gate, i, half), u = load(up, i, half);
-        store(dup, i, d * rounded(act(x, kind), half), half);
+        float d = load(dh, i, half), x = load(gate, i, half), u = load(up, i, half), a = rounded(act(x, kind), half);
+        store(dup, i, d * a, half);
         store(dgate, i, rounded(d * u, half) * act_slope(x, kind), half);
+        if (want_h) store(h, i, a * u, half);
     }
 }
 
@@ -83,9 +83,10 @@ EXPORT void burnish_glu_backward(i64 n, i64 m, const void *dh, const void *gate,
             i64 a = c * CHUNK, size = smaller(CHUNK, m - a);
             const void *g = at(gate, k * sg + a, half), *u = at(up, k * su + a, half), *d = at(dh, k * m + a, half);
             void *dg = out_at(dgate, k * m + a, half), *du = out_at(dup, k * m + a, half), *y = out_at(h, k * m + a, half);
-            switch (kind << 1 | half) {
+            switch ((h != NULL) << 3 | kind << 1 | half) {
 #define CASE(e, f) \
-    case e << 1 | f: backward_chunk(size, d, g, u, dg, du, y, e, f); break;
+    case e << 1 | f: backward_chunk(size, d, g, u, dg, du, NULL, 0, e, f); break; \
+    case 1 << 3 | e << 1 | f: backward_chunk(size, d, g, u, dg, du, y, 1, e, f); break;
                 EACH(CASE)
 #undef CASE
             }
