@@ -2,7 +2,7 @@
 
      silu       a(x) = x / (1 + e^-x)          a' = s (1 + x (1 - s)),  s = 1 / (1 + e^-x)
      gelu_tanh  a(x) = x s,  s = 1 / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3);  0.5 (1 + tanh u) without its cancellation for u < 0
-                                                a' = s + 2 x s (1 - s) u'
+                                                a' = s + 2 x s (1 - s) u', 1 - s = e^-2u s
      gelu       a(x) = x 0.5 (1 + erf(x / sqrt 2))   a' = 0.5 (1 + erf(x / sqrt 2)) + x e^(-x^2/2) / sqrt(2 pi)
 
    Backward:  dup = dh a(gate),  dgate = round(dh up) a'(gate). */
@@ -15,14 +15,14 @@ enum { CHUNK = 4096 };
 #define ROOT_2_OVER_PI 0.79788456f
 #define CUBIC 0.044715f
 
-/* 1 + e^-2u */
-INLINE float gelu_tanh_divisor(float x) { return 1.0f + fast_exp(-2.0f * (ROOT_2_OVER_PI * (x + CUBIC * (x * x * x)))); }
+/* e^-2u */
+INLINE float gelu_tanh_exp(float x) { return fast_exp(-2.0f * (ROOT_2_OVER_PI * (x + CUBIC * (x * x * x)))); }
 
 INLINE float gelu_gate(float x) { return 0.5f * (1.0f + fast_erf(x * 0.70710678f)); }
 
 INLINE float act(float x, int kind) {
     if (kind == SILU) return x / (1.0f + fast_exp(-x));
-    return kind == GELU_TANH ? x / gelu_tanh_divisor(x) : x * gelu_gate(x);
+    return kind == GELU_TANH ? x / (1.0f + gelu_tanh_exp(x)) : x * gelu_gate(x);
 }
 
 INLINE float act_slope(float x, int kind) {
@@ -31,8 +31,9 @@ INLINE float act_slope(float x, int kind) {
         return s * (1.0f + x * (1.0f - s));
     }
     if (kind == GELU_TANH) {
-        float s = 1.0f / gelu_tanh_divisor(x);
-        return s + 2.0f * x * s * (1.0f - s) * (ROOT_2_OVER_PI * (1.0f + 3.0f * CUBIC * (x * x)));
+        float e = gelu_tanh_exp(x), s = 1.0f / (1.0f + e);
+        float rest = e < 1e30f ? e * s : 1.0f; /* 1 - s, without its cancellation */
+        return s + 2.0f * x * rest * s * (ROOT_2_OVER_PI * (1.0f + 3.0f * CUBIC * (x * x)));
     }
     return gelu_gate(x) + x * (fast_exp(-0.5f * (x * x)) * 0.39894228f);
 }

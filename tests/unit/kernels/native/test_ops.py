@@ -84,10 +84,12 @@ def test_norm_backward(x_type: torch.dtype, w_type: torch.dtype, dy_type: torch.
             return torch.autograd.grad([y, leaves[0] * 1], leaves, [dy.to(y.dtype), ds.to(leaves[0].dtype)])
 
         dx, dw = native.rms_norm_backward(dy, ds, x, w, plain_rstd(x), offset, gemma, True)
-        (plain_dx, plain_dw), (true_dx, true_dw) = gradients(False), gradients(True)
+        (plain_dx, _), (true_dx, true_dw) = gradients(False), gradients(True)
         assert dw is not None and dw.dtype is FP32
         no_worse(dx, plain_dx, true_dx)
-        no_worse(dw, plain_dw.float(), true_dw)
+        if x_type is BF16 and not gemma:  # what the weight was multiplied by was rounded, in the forward pass
+            true_dw = (dy.double() * (x.float() * plain_rstd(x)[:, None]).to(BF16).double()).sum(0)
+        torch.testing.assert_close(dw.double(), true_dw, rtol=1e-6, atol=1e-6 * float(true_dw.abs().max()))
         alone, nothing = native.rms_norm_backward(dy, None, x, w, plain_rstd(x), offset, gemma, False)
         assert nothing is None
         torch.testing.assert_close(alone.double() + ds.double(), dx.double(), rtol=2.0**-7, atol=2.0**-6 if x_type is BF16 else 1e-5)
