@@ -37,11 +37,17 @@ class FP8Weight:
     """A frozen [out, in] weight in FP8: a `kernels.matmul.DenseWeight`."""
 
     def __init__(self, stored: torch.Tensor, scale: torch.Tensor) -> None:
-        """Holds e4m3 [out, in] and fp32 [out]."""
+        """Holds e4m3 [out, in] and fp32 [out].
+
+        Raises:
+            ValueError: types or shapes do not fit, or an element is NaN.
+        """
         if stored.dtype is not FORMAT or scale.shape != stored.shape[:1]:
             raise ValueError(
                 f"expected {FORMAT} [out, in] and a scale [out], found {stored.dtype} {list(stored.shape)}, {list(scale.shape)}"
             )
+        if bool((stored.view(torch.uint8).bitwise_and(127) == 127).any()):
+            raise ValueError("the weight holds a NaN")
         self.stored, self.scale = stored, scale
 
     @classmethod
@@ -65,8 +71,18 @@ class FP8Weight:
         rows = max(1, _CHUNK // max(1, self.shape[1]))
         for start in range(0, self.shape[0], rows):
             part = slice(start, start + rows)
-            out[part] = self.stored[part].to(torch.float32).mul_(self.scale[part, None])
+            out[part] = _small(self.stored[part]).float().mul_((self.scale[part] * 2.0**8)[:, None])
         return out
+
+
+def _small(stored: torch.Tensor) -> torch.Tensor:
+    """Finite e4m3 numbers times 2^-8, in fp16, exactly.
+
+    Both formats are sign, exponent, fraction, so the bits need only move: s eeee fff becomes s 0eeee fff0000000, whose exponent counts from
+    8 lower. Two integer operations on a CPU, where torch converts FP8 one number after another (20 times slower).
+    """
+    bits = stored.view(torch.int8).to(torch.int16)  # the sign fills the upper nine bits
+    return bits.bitwise_left_shift_(7).bitwise_and_(~(1 << 14)).view(torch.float16)
 
 
 _CHUNK = 1 << 22

@@ -71,12 +71,23 @@ def test_an_adapter_on_it_trains_as_on_its_dense_weight():
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(run(weight), run(weight.dense(torch.float32)), strict=True))
 
 
+def test_every_number_of_the_format():
+    every = torch.arange(256, dtype=torch.int64).to(torch.uint8).view(torch.float8_e4m3fn)
+    finite = every[~every.float().isnan()].view(-1, 2)
+    assert finite.numel() == 254
+    weight = FP8Weight(finite, torch.ones(127))
+    assert torch.equal(weight.dense(torch.float32), finite.float())
+    assert torch.equal(weight.dense(torch.float32).signbit(), finite.float().signbit())
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"\[out, in\]"):
         quantize_fp8(torch.zeros(3))
     for bad in (torch.inf, torch.nan):
         with pytest.raises(ValueError, match="finite"):
             quantize_fp8(torch.tensor([[1.0, bad]]))
+    with pytest.raises(ValueError, match="NaN"):
+        FP8Weight(torch.tensor([[1.0, torch.nan]]).to(torch.float8_e4m3fn), torch.ones(1))
     with pytest.raises(ValueError, match="scale"):
         FP8Weight(torch.zeros(3, 4), torch.ones(3))
     with pytest.raises(ValueError, match="scale"):
