@@ -45,6 +45,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 """Shapes and flags for tests and benchmarks: rows and size of x, the rest as in `rms_norm` (residual: whether there is one)."""
 
+Outputs = tuple[torch.Tensor, torch.Tensor | None]
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]
 Backward = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -95,8 +96,8 @@ def rms_norm(
         x, residual = residual.to(wider), x  # the sum is symmetric and has the type of the first
     out_dtype = out_dtype or _plain_dtype(x, weight, gemma)
     kernels = rms_norm_kernels(impl, x, weight, residual, out_dtype)
-    outputs: Any = _RmsNorm.apply(x, weight, residual, eps, offset, gemma, out_dtype, kernels)  # pyright: ignore[reportUnknownMemberType]
-    y, summed = cast("tuple[torch.Tensor, torch.Tensor | None]", outputs)
+    settings = (eps, offset, gemma, out_dtype, kernels)
+    y, summed = cast("Outputs", _RmsNorm.apply(x, weight, residual, *settings))  # pyright: ignore[reportUnknownMemberType]
     return y if summed is None else (y, summed)
 
 
@@ -159,7 +160,7 @@ class _RmsNorm(torch.autograd.Function):
         gemma: bool,
         out_dtype: torch.dtype,
         kernels: Kernels,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Outputs:
         ctx.set_materialize_grads(False)
         rows = x.reshape(-1, x.shape[-1])
         added = None if residual is None else residual.reshape(rows.shape)

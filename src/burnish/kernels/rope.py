@@ -71,8 +71,7 @@ def rope(
     if inplace and any(x.is_leaf and x.requires_grad for x in (q, k)):
         raise ValueError("q and k are leaves that require gradients: they cannot be written in place")
     pair = _kernel(impl, q, k, *tables)
-    rotated: Any = _Rope.apply(q, k, *tables, inplace, pair)  # pyright: ignore[reportUnknownMemberType]
-    return cast("tuple[torch.Tensor, torch.Tensor]", rotated)
+    return cast("tuple[torch.Tensor, torch.Tensor]", _Rope.apply(q, k, *tables, inplace, pair))  # pyright: ignore[reportUnknownMemberType]
 
 
 def rope_reference(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
