@@ -57,6 +57,7 @@ def rope(
         sin: As cos.
         inplace: Write into q and k. Only for a caller that owns them: nothing else may need their old values, neither later nor in its
             backward pass. Where a node of the graph has saved them, its backward pass raises torch's error about in-place changes.
+            It is a permission: views whose heads do not lie in one piece are rotated elsewhere.
         impl: Who computes; types that a fast path does not know are left to torch.
 
     Returns:
@@ -70,6 +71,7 @@ def rope(
         return rope_reference(q, k, cos, sin)  # learned angles: the kernels know no gradient of tables
     if inplace and any(x.is_leaf and x.requires_grad for x in (q, k)):
         raise ValueError("q and k are leaves that require gradients: they cannot be written in place")
+    inplace = inplace and all(x.stride(-1) == 1 and 0 not in x.stride() for x in (q, k))
     pair = _kernel(impl, q, k, *tables)
     return cast("tuple[torch.Tensor, torch.Tensor]", _Rope.apply(q, k, *tables, inplace, pair))  # pyright: ignore[reportUnknownMemberType]
 
@@ -106,7 +108,7 @@ class _Rope(torch.autograd.Function):
         # the version counter, so a node that saved q or k still notices; kernels outside torch do not count, so it is counted here.
         aliases = q.detach(), k.detach()
         pair(q, k, cos, sin, False, *aliases)
-        increment_version(aliases)
+        increment_version([x for x in aliases if not x.is_inference()])
         return aliases
 
     @staticmethod

@@ -153,6 +153,19 @@ def test_in_place(dtype, rotary):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_in_place_is_a_permission():
+    q, k, cos, sin = (t.detach() for t in inputs({"batch": 1, "heads": 4, "kv_heads": 4, "tokens": 5, "size": 8}, torch.float32))
+    expected = rope_reference(q[:, :1].expand_as(q), k, cos, sin)
+    seen = q[:, :1].expand_as(q), k.transpose(-1, -2).contiguous().transpose(-1, -2)  # one head's memory seen four times; scattered heads
+    before = [x.clone() for x in seen]
+    torch.testing.assert_close(rope(*seen, cos, sin, inplace=True), expected)
+    assert all(torch.equal(a, b) for a, b in zip(seen, before, strict=True))
+    with torch.inference_mode():
+        mine = (k * 1, k * 1)
+        assert rope(*mine, cos, sin, inplace=True)[0].data_ptr() == mine[0].data_ptr()
+        torch.testing.assert_close(mine[1], expected[1])
+
+
 def test_in_place_where_it_is_not_safe_is_an_error():
     q, k, cos, sin = inputs({"batch": 1, "heads": 2, "kv_heads": 1, "tokens": 4, "size": 8}, torch.float32)
     with pytest.raises(ValueError, match="leaves"):

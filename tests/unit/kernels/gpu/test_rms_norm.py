@@ -11,7 +11,6 @@ from burnish.kernels.gpu import rms_norm as gpu
 from burnish.kernels.rms_norm import CASES, rms_norm, rms_norm_forward, rms_norm_kernels, rms_norm_reference
 
 EPS = 1e-5
-HALF = {torch.bfloat16: 0.02, torch.float16: 0.003}  # the interpreter cuts bf16 off where a GPU rounds
 LARGE = [("many heads", {"rows": 300, "size": 16}), ("long row", {"rows": 2, "size": 5000, "residual": True})]
 
 
@@ -53,21 +52,19 @@ def test_error_is_not_above_the_plain_one(case, dtype):
 def test_bf16_runs(case, out_dtype):
     truth = run(rms_norm_reference, case, inputs(case, torch.float64))
     for mine, true in zip(run(rms_norm, case, inputs(case, torch.bfloat16), impl="triton", out_dtype=out_dtype), truth, strict=True):
-        assert (mine.double() - true).abs().max() <= HALF[torch.bfloat16] * true.abs().max()
+        assert (mine.double() - true).abs().max() <= 0.02 * true.abs().max()  # the interpreter cuts off where a GPU rounds
 
 
-def test_fp32_in_half_out():
-    case = {"rows": 5, "size": 40, "residual": True}
-    for name in ("llama", "gemma"):
-        flagged = case | {"gemma": name == "gemma", "offset": float(name == "gemma")}
-        parts = inputs(flagged, torch.float32)
-        found, plain = (
-            run(rms_norm, flagged, parts, impl="triton", out_dtype=torch.float16),
-            run(rms_norm_reference, flagged, parts, out_dtype=torch.float16),
-        )
-        for mine, theirs in zip(found, plain, strict=True):
-            assert mine.dtype is theirs.dtype
-            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("gemma", [False, True])
+@pytest.mark.parametrize(("dtype", "out_dtype"), [(torch.float32, torch.float16), (torch.float16, None), (torch.float16, torch.float16)])
+def test_fp32_weights(gemma, dtype, out_dtype):
+    case = {"rows": 5, "size": 40, "residual": True, "gemma": gemma, "offset": float(gemma)}
+    x, weight, residual = inputs(case, dtype)
+    parts = (x, weight.detach().float().requires_grad_(), residual)
+    found = run(rms_norm, case, parts, impl="triton", out_dtype=out_dtype)
+    for mine, theirs in zip(found, run(rms_norm_reference, case, parts, out_dtype=out_dtype), strict=True):
+        assert mine.dtype is theirs.dtype
+        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-3)
 
 
 def test_frozen_weight_no_weight_and_strided_rows():
