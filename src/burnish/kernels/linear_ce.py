@@ -4,15 +4,16 @@ With K trained predictions, hidden size H and vocabulary V, the logits [K, V] ar
 Llama 3 in fp32: 4 GB). Everything an objective needs of them is a handful of numbers per row, so they are computed for a chunk of
 rows at a time and forgotten:
 
-    z      = softcap(scale * (h W^T + b))        one chunk of rows
-    lse    = log sum_v exp z_v                   logp = z_y - lse        p = softmax(z)
+    z      = softcap(scale * (h W^T + b)) / temperature      one chunk of rows
+    top    = max_v z_v       log_total = log sum_v exp(z_v - top)       lse = top + log_total
+    logp   = (z_y - top) - log_total       p = exp(z - top - log_total)       entropy = log_total - sum_v p_v (z_v - top)
 
-The gradients, row by row (g_* is what comes from above):
+(from differences to the top, so that nothing is lost where logits are large). The gradients, row by row (g_* comes from above):
 
     dz = g_logp (1_y - p) + g_lse p + g_mean / V - g_entropy p (log p + entropy)
     dh = dz W          dW = dz^T h          db = sum over rows of dz
 
-Two ways to get them, both exact for any upstream gradient:
+Three ways to get them, all exact for any upstream gradient:
 
 *Early* (frozen head, only logp is differentiated: every adapter run). Row k's gradient is g_k times the vector (1_y - p) W, which does
 not depend on g. The forward pass has p at hand, so it computes that vector there; the backward pass only scales rows. Two matrix
@@ -21,12 +22,20 @@ products in all, the least possible.
 *Late* (the head is trained, or other statistics are differentiated). The backward pass computes the chunk's logits again: three matrix
 products for dh, a fourth for dW, which is accumulated in fp32 over the chunks.
 
-Matrix products run in the compute type (autocast's, else the inputs'), statistics and dz in fp32 (fp64 for fp64 inputs).
+*Weighted* (`weighted_nll`: the head is trained, and each row's weight in the sum is known before). What comes from above is then one
+number, so dh, dW and db are computed early as well: three products instead of four.
+
+Matrix products run in the compute type (autocast's, else the inputs'), statistics in fp32 (fp64 for fp64 inputs), dz is rounded to the
+compute type once. What happens to a chunk of logits between its products is in logit_rows.py, three times: plain torch,
+C for CPUs, Triton for GPUs.
+
+Saved for the backward pass: early [K, H]; weighted [K, H], dW in fp32, db; late the inputs. Nothing here makes the host wait for a GPU.
+The peers: Liger-Kernel's fused linear cross-entropy, Apple's cut cross-entropy (2411.09009), torch's F.linear_cross_entropy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,11 +44,45 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-OPTIONAL = frozenset({"logsumexp", "mean_logit", "entropy", "correct"})
-"""What `want` may name besides the log-probabilities."""
+from burnish.kernels.dispatch import Impl
+from burnish.kernels.logit_rows import (
+    OPTIONAL,
+    Fields,
+    Head,
+    add_mm,
+    check,
+    chunks,
+    default_chunk,
+    logit_gradient,
+    make_head,
+    mm,
+    shape,
+    statistics,
+    tempered,
+    wide,
+    wide_dtype,
+)
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
-"""Logits held at once: on a CPU what stays near its caches, on a GPU enough rows for full-speed matrix products."""
+__all__ = [
+    "CASES",
+    "OPTIONAL",
+    "TokenStats",
+    "default_chunk",
+    "head_stats",
+    "head_stats_module",
+    "head_stats_reference",
+    "stats_from_logits",
+    "weighted_nll",
+]
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("smollm2-135m", {"k": 512, "h": 576, "v": 49152}),
+    ("llama3-1b", {"k": 8192, "h": 2048, "v": 128256}),
+    ("llama3-8b", {"k": 8192, "h": 4096, "v": 128256}),
+    ("gemma2-2b", {"k": 4096, "h": 2304, "v": 256000, "softcap": 30.0}),
+    ("gemma3-1b", {"k": 4096, "h": 1152, "v": 262144}),
+]
+"""Heads of real models, for benchmarks: (name, shape and options)."""
 
 
 @dataclass(slots=True)
@@ -56,10 +99,6 @@ class TokenStats:
     correct: torch.Tensor | None = None  # bool [K]: the argmax is the target; no gradient
 
 
-Fields = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-"""TokenStats as autograd passes it around: a tuple in the order of its fields."""
-
-
 def head_stats(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -68,10 +107,12 @@ def head_stats(
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
+    temperature: float = 1.0,
     chunk: int | None = None,
     want: frozenset[str] = frozenset(),
+    impl: Impl = "auto",
 ) -> TokenStats:
-    """Statistics of `softcap(scale * (hidden @ weight.T + bias))` at `targets`, with gradients, in chunks of rows.
+    """Statistics of `softcap(scale * (hidden @ weight.T + bias)) / temperature` at `targets`, with gradients, in chunks of rows.
 
     Args:
         hidden: [K, H] hidden states at trained positions. K may be 0.
@@ -80,20 +121,68 @@ def head_stats(
         bias: [V] of the head.
         softcap: c in `c * tanh(z / c)` (Gemma 2), applied after `scale`.
         scale: Multiplier of the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
-        chunk: Rows whose logits are held at once. Default: by device.
+        temperature: Divisor of the finished logits, as in sampling.
+        chunk: Most rows whose logits are held at once. Default: by device.
         want: Optional fields of TokenStats to fill; see OPTIONAL.
+        impl: Who computes a chunk; `auto` chooses by device and type.
 
     Raises:
-        ValueError: `want` names something unknown.
+        ValueError: `want` names something unknown, `temperature` is not positive, or `impl` does not know the compute type.
     """
-    _check(want)
-    rows = chunk or default_chunk(weight.shape[0], hidden.device)
-    head = _Head(softcap, scale, _compute_dtype(hidden, weight), rows, want)
-    parts = (hidden, weight, bias)
-    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts):
+    head = make_head(hidden, weight, softcap, scale, temperature, chunk, want, impl)
+    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (hidden, weight, bias)):
         return TokenStats(*cast("Fields", _HeadStats.apply(hidden, weight, bias, targets, head)))  # pyright: ignore[reportUnknownMemberType]
     with torch.autocast(hidden.device.type, enabled=False):
-        return TokenStats(*_forward(hidden, weight, bias, targets, head, None))
+        return TokenStats(*_forward(hidden, weight, bias, targets, head))
+
+
+def weighted_nll(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    row_weights: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    want: frozenset[str] = frozenset(),
+    impl: Impl = "auto",
+) -> tuple[torch.Tensor, TokenStats]:
+    """`-(row_weights * head_stats(...).logprobs).sum()` and the statistics, detached: the cheap way to train a head.
+
+    Exact like `head_stats`, whatever is done with the sum; only, with a trained head, the logits are not computed a second time.
+
+    Args:
+        hidden: As in `head_stats`, like every argument not named here.
+        weight: Of the head.
+        targets: What is to become likely.
+        row_weights: [K] weight of each row.
+        bias: Of the head.
+        softcap: Of the logits.
+        scale: Of the logits.
+        temperature: Of the logits.
+        chunk: Most rows at once.
+        want: Optional statistics.
+        impl: Who computes a chunk.
+
+    Returns:
+        The sum, a scalar, and the statistics.
+
+    Raises:
+        ValueError: As `head_stats`.
+    """
+    head = make_head(hidden, weight, softcap, scale, temperature, chunk, want, impl)
+    trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if trained and not row_weights.requires_grad and head.compute is not torch.float16:
+        total, *fields = cast("Any", _WeightedNLL.apply(hidden, weight, bias, targets, row_weights, head))  # pyright: ignore[reportUnknownMemberType]
+        return total, TokenStats(*fields)
+    stats = head_stats(
+        hidden, weight, targets, bias=bias, softcap=softcap, scale=scale, temperature=temperature, chunk=chunk, want=want, impl=impl
+    )
+    total = -(row_weights * stats.logprobs).sum()
+    return total, TokenStats(*(x.detach() if x is not None else None for x in _fields(stats)))  # pyright: ignore[reportArgumentType]
 
 
 def head_stats_module(
@@ -104,6 +193,7 @@ def head_stats_module(
     *,
     softcap: float | None = None,
     scale: float = 1.0,
+    temperature: float = 1.0,
     chunk: int | None = None,
     want: frozenset[str] = frozenset(),
 ) -> TokenStats:
@@ -111,11 +201,11 @@ def head_stats_module(
 
     `module` maps [C, H] to [C, vocabulary]. Gradients are autograd's own, so whatever the module does stays exact.
     """
-    _check(want)
+    check(want, temperature)
     rows = chunk or default_chunk(vocabulary, hidden.device)
 
     def stats(h: torch.Tensor, y: torch.Tensor) -> Fields:
-        return _fields(stats_from_logits(_shape(_wide(module(h)), softcap, scale), y, want))
+        return _fields(stats_from_logits(shape(wide(module(h)), *tempered(softcap, scale, temperature)), y, want))
 
     # One empty chunk where there is nothing to predict, so that the result still hangs on the graph.
     starts = range(0, max(targets.shape[0], 1), rows)
@@ -136,16 +226,17 @@ def head_stats_reference(
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
+    temperature: float = 1.0,
     want: frozenset[str] = frozenset(),
 ) -> TokenStats:
     """`head_stats` in plain torch with all logits at once: the oracle of the tests and the baseline of the benchmarks."""
-    return stats_from_logits(_shape(_wide(F.linear(hidden, weight, bias)), softcap, scale), targets, want)
+    return stats_from_logits(shape(wide(F.linear(hidden, weight, bias)), softcap, scale) / temperature, targets, want)
 
 
 def stats_from_logits(logits: torch.Tensor, targets: torch.Tensor, want: frozenset[str] = frozenset()) -> TokenStats:
     """The statistics of finished logits [K, V], in plain differentiable torch."""
-    _check(want)
-    logits = _wide(logits)
+    check(want)
+    logits = wide(logits)
     logp = F.log_softmax(logits, dim=-1)
     return TokenStats(
         logprobs=logp.gather(-1, targets[:, None]).squeeze(-1),
@@ -156,39 +247,24 @@ def stats_from_logits(logits: torch.Tensor, targets: torch.Tensor, want: frozens
     )
 
 
-def default_chunk(vocabulary: int, device: torch.device) -> int:
-    """Rows of logits to hold at once on `device`."""
-    return max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 26) // vocabulary)
-
-
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """How logits are made, and what is wanted of them."""
-
-    softcap: float | None
-    scale: float
-    compute: torch.dtype
-    chunk: int
-    want: frozenset[str]
-
-
 class _HeadStats(torch.autograd.Function):
-    """Autograd around `_forward` and `_backward`; the module's docstring explains the early and the late gradient."""
+    """Early and late gradients; the module's docstring explains them."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, head: _Head
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, head: Head
     ) -> Fields:
         ctx.set_materialize_grads(False)
         ctx.head, ctx.dtype, ctx.device_type = head, hidden.dtype, hidden.device.type
         frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         # fp16 products need the loss scale inside dz, or small probabilities vanish: there the gradient is taken late.
         early = frozen and head.compute is not torch.float16 and not head.want & {"logsumexp", "mean_logit"}
+        gradients = _Gradients(hidden, weight, bias, (True, False, False), _product_dtype(hidden, head)) if early else None
         with torch.autocast(ctx.device_type, enabled=False):
-            direction = hidden.new_empty(hidden.shape, dtype=_product_dtype(hidden, head)) if early else None
-            stats = _forward(hidden, weight, bias, targets, head, direction)
+            stats = _forward(hidden, weight, bias, targets, head, gradients)
         # An early gradient needs nothing more, unless the entropy turns out to be differentiated too.
         again = not early or "entropy" in head.want
+        direction = gradients.hidden if gradients is not None else None
         ctx.save_for_backward(direction, *((hidden, weight, bias, targets) if again else (None,) * 4))
         if stats[4] is not None:
             ctx.mark_non_differentiable(stats[4])
@@ -211,36 +287,91 @@ class _HeadStats(torch.autograd.Function):
         return *gradients, None, None
 
 
+class _WeightedNLL(torch.autograd.Function):
+    """Every gradient in the forward pass; the backward pass multiplies by one number."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        row_weights: torch.Tensor,
+        head: Head,
+    ) -> tuple[torch.Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = tuple(x.dtype if x is not None else None for x in (hidden, weight, bias))
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3], _product_dtype(hidden, head))
+        factors = -row_weights.to(wide_dtype(hidden.dtype))
+        with torch.autocast(hidden.device.type, enabled=False):
+            stats = _forward(hidden, weight, bias, targets, head, gradients, factors)
+        ctx.save_for_backward(*gradients.done())
+        ctx.mark_non_differentiable(*(x for x in stats if x is not None))
+        return (factors * stats[0]).sum(), *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, upstream: torch.Tensor | None, *_: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 6
+        scaled = (_times(x, upstream, dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return *scaled, None, None, None
+
+
+class _Gradients:
+    """Gradients of the head's inputs, gathered over the chunks: that of `hidden` in `dtype`, those of weight and bias in fp32."""
+
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needs: tuple[bool, ...], dtype: torch.dtype
+    ) -> None:
+        self.hidden = torch.empty_like(hidden, dtype=dtype) if needs[0] else None
+        self.bias = torch.zeros_like(bias, dtype=wide_dtype(hidden.dtype)) if bias is not None and needs[2] else None
+        self.weight: torch.Tensor | None = None
+        self._like = weight if needs[1] else None
+
+    def add(self, part: slice, dz: torch.Tensor, h: torch.Tensor, w: torch.Tensor, factors: torch.Tensor | None) -> None:
+        """Adds one chunk's. `factors` [C] weigh the rows of dz, and are cheaper on the thin matrices: each product has one."""
+        if self.hidden is not None:
+            product = torch.mm(dz, w)
+            self.hidden[part] = product if factors is None else product * factors[:, None]
+        if self.bias is not None:
+            self.bias += dz.sum(dim=0, dtype=self.bias.dtype) if factors is None else (dz * factors[:, None]).sum(dim=0)
+        if self._like is not None:
+            h = h if factors is None else (h * factors[:, None]).to(h.dtype)
+            self.weight = mm(dz.t(), h) if self.weight is None else add_mm(self.weight, dz.t(), h)
+
+    def done(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Those of hidden, weight and bias; zero where there was no chunk."""
+        if self._like is not None and self.weight is None:
+            self.weight = torch.zeros_like(self._like, dtype=wide_dtype(self._like.dtype))
+        return self.hidden, self.weight, self.bias
+
+
 def _forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    head: _Head,
-    direction: torch.Tensor | None,
+    head: Head,
+    gradients: _Gradients | None = None,
+    factors: torch.Tensor | None = None,
 ) -> Fields:
-    """The statistics; fills `direction` [K, H] with d logp_k / d h_k where it is given."""
-    w = weight.to(head.compute)
-    rows, wide = targets.shape[0], _wide_dtype(hidden.dtype)
-    logp, lse, mean, entropy = (hidden.new_empty(rows, dtype=wide) for _ in range(4))
-    correct = torch.empty(rows, dtype=torch.bool, device=hidden.device)
-    optional = {"logsumexp": lse, "mean_logit": mean, "entropy": entropy, "correct": correct}  # in the order of TokenStats
-    for part, z, _ in _chunks(hidden, w, bias, head):
-        y = targets[part, None]
-        top, arg = z.max(dim=-1, keepdim=True)
-        p = torch.softmax(z, dim=-1)
-        # The largest p is at least 1 / V, so its logarithm never underflows.
-        lse[part] = (top - p.gather(-1, arg).log()).squeeze(-1)
-        logp[part] = z.gather(-1, y).squeeze(-1) - lse[part]
-        correct[part] = (arg == y).squeeze(-1)
-        if "mean_logit" in head.want:
-            mean[part] = z.mean(dim=-1)
-        if "entropy" in head.want:
-            entropy[part] = lse[part] - (p * z).sum(dim=-1)
-        if direction is not None:
-            dz = p.neg_().scatter_add_(-1, y, torch.ones_like(top))
-            direction[part] = torch.mm(_through_shape(dz, z, head).to(head.compute), w)
-    return _fields(TokenStats(logp, *(x if name in head.want else None for name, x in optional.items())))
+    """The statistics; adds up the gradients of the sum of `factors` (default: ones) times logprobs where `gradients` is given."""
+    w, wide = weight.to(head.compute), wide_dtype(hidden.dtype)
+    kinds = {"logprobs": wide, "logsumexp": wide, "mean_logit": wide, "entropy": wide, "correct": torch.bool}  # in TokenStats' order
+    wanted = head.want | {"logprobs"}
+    stats = [hidden.new_empty(targets.shape, dtype=kind) if name in wanted else None for name, kind in kinds.items()]
+    for part, z, h in chunks(hidden, w, bias, head):
+        found, dz = statistics(z, targets[part], head, gradients is not None)
+        for column, values in zip(stats, found, strict=True):
+            if column is not None and values is not None:
+                column[part] = values
+        if gradients is not None and dz is not None:
+            gradients.add(part, dz, h, w, factors[part] if factors is not None else None)
+    return cast("Fields", tuple(stats))
 
 
 def _backward(
@@ -248,107 +379,29 @@ def _backward(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    head: _Head,
+    head: Head,
     upstream: tuple[torch.Tensor | None, ...],
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of hidden, weight and bias from those of (logprobs, logsumexp, mean_logit, entropy)."""
-    w, wide = weight.to(head.compute), _wide_dtype(hidden.dtype)
-    d_hidden = torch.empty_like(hidden) if needs[0] else None
-    d_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
-    d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
-    for part, z, h in _chunks(hidden, w, bias, head):
-        rows = tuple(g[part, None].to(wide) if g is not None else None for g in upstream)
-        dz = _through_shape(_logit_gradient(z, targets[part, None], rows), z, head)
-        if d_bias is not None:
-            d_bias += dz.sum(dim=0)
-        dz = dz.to(head.compute)
-        if d_hidden is not None:
-            d_hidden[part] = torch.mm(dz, w)
-        if d_weight is not None:
-            d_weight += _mm(dz.t(), h)
-    return (
-        d_hidden,
-        d_weight.to(weight.dtype) if d_weight is not None else None,
-        d_bias.to(bias.dtype) if d_bias is not None and bias is not None else None,
-    )
+    w, wide = weight.to(head.compute), wide_dtype(hidden.dtype)
+    upstream = tuple(g.to(wide).contiguous() if g is not None else None for g in upstream)
+    gradients = _Gradients(hidden, weight, bias, needs, hidden.dtype)
+    for part, z, h in chunks(hidden, w, bias, head):
+        rows = tuple(g[part] if g is not None else None for g in upstream)
+        gradients.add(part, logit_gradient(z, targets[part], rows, head), h, w, None)
+    parts = zip(gradients.done(), (hidden, weight, bias), strict=True)
+    return tuple(x.to(like.dtype) if x is not None and like is not None else None for x, like in parts)
 
 
-def _logit_gradient(z: torch.Tensor, y: torch.Tensor, upstream: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
-    """Gradient [C, V] of the logits z, for targets y [C, 1] and upstream gradients [C, 1] (None is zero)."""
-    g_logp, g_lse, g_mean, g_entropy = upstream
-    p = torch.softmax(z, dim=-1)
-    weight_of_p = torch.zeros_like(z[:, :1])
-    if g_lse is not None:
-        weight_of_p = weight_of_p + g_lse
-    if g_logp is not None:
-        weight_of_p = weight_of_p - g_logp
-    if g_entropy is None:
-        dz = p.mul_(weight_of_p)
-    else:
-        logp = torch.log_softmax(z, dim=-1)
-        entropy = -(p * logp).sum(dim=-1, keepdim=True)
-        dz = p.mul_(weight_of_p - g_entropy * (logp + entropy))
-    if g_logp is not None:
-        dz.scatter_add_(-1, y, g_logp)
-    if g_mean is not None:
-        dz += g_mean / z.shape[-1]
-    return dz
+def _times(x: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """`factor x`, rounded to `dtype` once."""
+    return None if x is None else torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
 
 
-def _chunks(
-    hidden: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, head: _Head
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """(rows, finished logits in fp32, hidden in the compute type) for one chunk of rows after another."""
-    for start in range(0, hidden.shape[0], head.chunk):
-        part = slice(start, start + head.chunk)
-        h = hidden[part].to(head.compute)
-        z = _mm(h, w.t())
-        if bias is not None:
-            z += bias
-        yield part, _shape(z, head.softcap, head.scale), h
-
-
-def _shape(z: torch.Tensor, softcap: float | None, scale: float) -> torch.Tensor:
-    """Scale and soft cap, where the model has them."""
-    if scale != 1.0:
-        z = z * scale
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
-
-
-def _through_shape(dz: torch.Tensor, z: torch.Tensor, head: _Head) -> torch.Tensor:
-    """The gradient before `_shape` from the one after it; z is the shaped logit. In place."""
-    if head.softcap is not None:
-        dz *= 1 - (z / head.softcap).square()
-    return dz if head.scale == 1.0 else dz.mul_(head.scale)
-
-
-def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The product in fp32 (fp64 for fp64). CUDA keeps its fp32 accumulator; a CPU rounds to the operands' type first."""
-    if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return _wide(torch.mm(a, b))
-
-
-def _compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """Autocast's type inside autocast, else the inputs' own (the wider one where they differ)."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype is not torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return torch.promote_types(hidden.dtype, weight.dtype)
-
-
-def _product_dtype(hidden: torch.Tensor, head: _Head) -> torch.dtype:
+def _product_dtype(hidden: torch.Tensor, head: Head) -> torch.dtype:
     """What early gradients are kept in: as the product leaves them, never narrower than that."""
     return torch.promote_types(hidden.dtype, head.compute)
-
-
-def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(_wide_dtype(x.dtype))
 
 
 def _fields(stats: TokenStats) -> Fields:
@@ -358,8 +411,3 @@ def _fields(stats: TokenStats) -> Fields:
 def _cat(column: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
     present = [x for x in column if x is not None]
     return torch.cat(present) if present else None
-
-
-def _check(want: frozenset[str]) -> None:
-    if unknown := want - OPTIONAL:
-        raise ValueError(f"unknown statistics {sorted(unknown)}, known are {sorted(OPTIONAL)}")
