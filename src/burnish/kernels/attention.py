@@ -10,9 +10,13 @@ forest of roots; a preference pair is a prompt with two children that share it:
 Seen from one segment, its chain and itself are an ordinary sequence, of which it is the end. So every path below computes ordinary
 causal attention aligned at the last key ("lower right"), and a sliding window counts along the chain.
 
-    eager    one dense mask [T, T] in plain torch: the oracle of the tests, and the only path with soft caps and sinks
-    sdpa     one fused scaled_dot_product_attention per segment: CPU, dropout, trees
+    gemm     a few large matrix products per stretch of queries: CPU (attention_cpu.py)
     varlen   one flash-attention call over all segments: CUDA, half precision, roots
+    cascade  flash-attention calls for segments and for their ancestors, merged: CUDA, half precision, trees, sinks (attention_tree.py)
+    sdpa     one fused scaled_dot_product_attention per segment: dropout, full precision on CUDA, very short or very long segments on a CPU
+    eager    plain torch, segment by segment: what nothing else can do (soft caps on CUDA)
+
+`forest_attention_reference` is the oracle: one dense mask [T, T]. Under autocast, q, k and v are taken in its type, as it does itself.
 
 `attend` is what models call through transformers' AttentionInterface (see models/policy.py).
 """
@@ -21,8 +25,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,63 +32,12 @@ import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
 from burnish.core.errors import ModelError
-from burnish.kernels.dispatch import AttentionKind, attention_kind
+from burnish.kernels.attention_cpu import gemm_attention
+from burnish.kernels.attention_tree import tree_attention
+from burnish.kernels.dispatch import AttentionKind, attention_kind, flash_takes
+from burnish.kernels.forest import Forest, causal_mask
 
-
-@dataclass(frozen=True)
-class Forest:
-    """The segments of a flat batch: where each ends, and which segment it continues (-1: none). Parents stand before children."""
-
-    doc_ends: tuple[int, ...]
-    parents: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.doc_ends) != len(self.parents):
-            raise ValueError(f"{len(self.doc_ends)} segments but {len(self.parents)} parents")
-        if any(not -1 <= parent < i for i, parent in enumerate(self.parents)):
-            raise ValueError(f"a parent must be -1 or stand before its child, found parents {self.parents}")
-        if any(length <= 0 for length in self.lengths):
-            raise ValueError(f"segments must not be empty, found ends {self.doc_ends}")
-
-    @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each segment, without its ancestors'."""
-        return tuple(end - start for start, end in zip((0, *self.doc_ends), self.doc_ends, strict=False))
-
-    @cached_property
-    def is_tree(self) -> bool:
-        """Whether any segment shares another as its beginning."""
-        return any(parent >= 0 for parent in self.parents)
-
-    def chain(self, segment: int) -> list[int]:
-        """The segment and its ancestors, root first."""
-        links = [segment]
-        while (parent := self.parents[links[0]]) >= 0:
-            links.insert(0, parent)
-        return links
-
-    def rows(self, segment: int) -> slice:
-        """The flat tokens of a segment."""
-        return slice(self.doc_ends[segment] - self.lengths[segment], self.doc_ends[segment])
-
-    def visible(self, window: int | None = None, device: torch.device | None = None) -> torch.Tensor:
-        """Bool [T, T]: token q (row) attends to token k (column)."""
-        total = self.doc_ends[-1] if self.doc_ends else 0
-        mask = torch.zeros(total, total, dtype=torch.bool)
-        for i in range(len(self.lengths)):
-            chain = torch.cat([torch.arange(total)[self.rows(j)] for j in self.chain(i)])
-            mask[self.rows(i), chain] = causal_mask(self.lengths[i], len(chain), window, torch.device("cpu"))
-        return mask.to(device)
-
-    def cumulative(self, device: torch.device) -> torch.Tensor:
-        """int32 [N + 1] on `device`: 0 and the ends, copied there once per batch."""
-        if device not in self._cumulative:
-            self._cumulative[device] = torch.tensor((0, *self.doc_ends), dtype=torch.int32, device=device)
-        return self._cumulative[device]
-
-    @cached_property
-    def _cumulative(self) -> dict[torch.device, torch.Tensor]:
-        return {}
+__all__ = ["AttentionKind", "Forest", "causal_mask", "eager_attention", "forest_attention", "forest_attention_reference"]
 
 
 def forest_attention(
@@ -114,7 +65,7 @@ def forest_attention(
         softcap: c in `c * tanh(scores / c)` (Gemma 2).
         sinks: [Hq] a learned score beside the keys' that takes probability and gives nothing (gpt-oss).
         dropout: On the probabilities.
-        kind: Which implementation; `auto` chooses by device and arguments.
+        kind: Which implementation; `auto` chooses by device and arguments (see `dispatch.attention_kind`).
 
     Returns:
         [1, Hq, T, D'].
@@ -122,15 +73,19 @@ def forest_attention(
     Raises:
         ModelError: `kind` was chosen by name and cannot do what the model asks for.
     """
+    q, k, v = _as_autocast(q, k, v)
+    head_dim = q.shape[-1] if q.shape[-1] == v.shape[-1] else 0
     if kind == "auto":
         kind = attention_kind(
             q.device,
             q.dtype,
-            q.shape[-1] if q.shape[-1] == v.shape[-1] else 0,
+            head_dim,
             tree=forest.is_tree,
             softcap=softcap is not None,
             sinks=sinks is not None,
             dropout=dropout > 0,
+            window=window,
+            lengths=forest.lengths,
         )
     else:
         needs = {
@@ -141,30 +96,59 @@ def forest_attention(
             f"tensors on {q.device.type}": q.device.type != "cuda",
         }
         _refuse(kind, {name for name, needed in needs.items() if needed})
-    if kind == "varlen" and q.dtype in (torch.float16, torch.bfloat16):  # it has no kernel for full precision
+    flash = flash_takes(q.device, q.dtype, head_dim)
+    if kind == "gemm":
+        return gemm_attention(q, k, v, forest, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
+    if kind == "cascade":
+        return tree_attention(q, k, v, forest, scaling=scaling, window=window, sinks=sinks, impl="flash" if flash else "torch")
+    if kind == "varlen" and flash:  # it has no kernel for full precision
         return _varlen(q, k, v, forest, scaling, window)
     if kind in ("sdpa", "varlen"):
         return _per_segment(q, k, v, forest, scaling, window, dropout)
-    mask = forest.visible(window, q.device)
-    return eager_attention(q, k, v, mask, scaling=scaling, softcap=softcap, sinks=sinks, dropout=dropout)
+    return _eager(q, k, v, forest, scaling, window, softcap, sinks, dropout)
 
 
-_KNOWN = ("auto", "eager", "sdpa", "varlen")
+def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in autocast's type, where it is on: what it would do before any product."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype is torch.float64 else x.to(dtype) for x in tensors)
+
+
+_ABLE = {
+    "eager": frozenset({"soft caps", "sinks", "shared prompts", "dropout", "other devices"}),
+    "sdpa": frozenset({"shared prompts", "dropout", "other devices"}),
+    "gemm": frozenset({"soft caps", "sinks", "shared prompts", "other devices"}),
+    "varlen": frozenset[str](),
+    "cascade": frozenset({"sinks", "shared prompts", "other devices"}),
+}
 
 
 def _refuse(kind: str, needs: set[str]) -> None:
     """Raises where an implementation asked for by name does not know something: ignoring it would train another model."""
-    if kind not in _KNOWN:
-        raise ModelError(f"attention '{kind}' is not available, expected one of {', '.join(_KNOWN)}")
-    able = {"eager": needs, "sdpa": needs - {"soft caps", "sinks"}, "varlen": set[str]()}[kind]
-    if missing := sorted(needs - able):
+    if kind not in _ABLE:
+        raise ModelError(f"attention '{kind}' is not available, expected one of {', '.join(sorted(('auto', *_ABLE)))}")
+    able = _ABLE[kind]
+    if missing := sorted(need for need in needs - able if not (need.startswith("tensors on") and "other devices" in able)):
         raise ModelError(f"attention '{kind}' does not know {' or '.join(missing)}", hint="Leave model.attention at auto.")
 
 
-def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Bool [queries, keys] for the last `queries` of `keys` tokens: causal, within the window where there is one."""
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+def forest_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    forest: Forest,
+    *,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`forest_attention` with one dense mask over all tokens: the oracle of the tests and the baseline of the benchmarks."""
+    mask = forest.visible(window, q.device)
+    return eager_attention(q, k, v, mask, scaling=scaling, softcap=softcap, sinks=sinks)
 
 
 def eager_attention(
@@ -206,6 +190,28 @@ def eager_attention(
         p = torch.softmax(torch.cat((scores, beside), dim=-1), dim=-1)[..., :-1]
     p = F.dropout(p, dropout) if dropout > 0 else p
     return torch.matmul(p.to(v.dtype), v)
+
+
+def _eager(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    forest: Forest,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Plain attention segment by segment, so that memory grows with the longest, not with all of them together."""
+    queries, keys, values = (x.split_with_sizes(forest.lengths, dim=2) for x in (q, k, v))
+    outputs: list[torch.Tensor] = []
+    for i, query in enumerate(queries):
+        chain = forest.chain(i)
+        key, value = _join(keys, chain), _join(values, chain)
+        mask = causal_mask(query.shape[2], key.shape[2], window, q.device)
+        outputs.append(eager_attention(query, key, value, mask, scaling=scaling, softcap=softcap, sinks=sinks, dropout=dropout))
+    return torch.cat(outputs, dim=2)
 
 
 _FAST_IN_FP32 = 768

@@ -14,20 +14,50 @@ PLAIN = {"tree": False, "softcap": False, "sinks": False, "dropout": False}
     [
         (CPU, torch.float32, 64, None, "sdpa"),
         (CPU, torch.bfloat16, 64, "tree", "sdpa"),
-        (CPU, torch.bfloat16, 64, "softcap", "eager"),
+        (CPU, torch.bfloat16, 64, "softcap", "gemm"),
+        (CPU, torch.bfloat16, 64, "sinks", "gemm"),
+        (CPU, torch.bfloat16, 64, "dropout", "sdpa"),
         (CUDA, torch.bfloat16, 64, None, "varlen"),
         (CUDA, torch.float16, 256, None, "varlen"),
         (CUDA, torch.float32, 64, None, "sdpa"),
         (CUDA, torch.bfloat16, 63, None, "sdpa"),
         (CUDA, torch.bfloat16, 512, None, "sdpa"),
-        (CUDA, torch.bfloat16, 64, "tree", "sdpa"),
+        (CUDA, torch.bfloat16, 0, None, "sdpa"),
+        (CUDA, torch.bfloat16, 64, "tree", "cascade"),
+        (CUDA, torch.float32, 64, "tree", "sdpa"),
         (CUDA, torch.bfloat16, 64, "dropout", "sdpa"),
-        (CUDA, torch.bfloat16, 64, "sinks", "eager"),
+        (CUDA, torch.bfloat16, 64, "sinks", "cascade"),
+        (CUDA, torch.float32, 64, "sinks", "eager"),
+        (CUDA, torch.bfloat16, 64, "softcap", "eager"),
     ],
 )
 def test_attention_follows_device_type_and_needs(device, dtype, size, special, expected):
     needs = {**PLAIN, **({special: True} if special else {})}
     assert attention_kind(device, dtype, size, **needs) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lengths", "window", "tree", "expected"),
+    [
+        (torch.float32, (30, 40), None, False, "sdpa"),
+        (torch.float32, (30, 40), None, True, "gemm"),
+        (torch.float32, (120, 80), None, False, "gemm"),
+        (torch.float32, (1536, 700), None, False, "gemm"),
+        (torch.float32, (2000, 700), None, False, "sdpa"),
+        (torch.float32, (2000, 700), 512, False, "gemm"),
+        (torch.float32, (2000, 700), 4096, True, "sdpa"),
+        (torch.bfloat16, (9000,), None, False, "sdpa"),
+    ],
+)
+def test_attention_on_a_cpu_follows_the_lengths(dtype, lengths, window, tree, expected):
+    assert attention_kind(CPU, dtype, 64, **{**PLAIN, "tree": tree}, window=window, lengths=lengths) == expected
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(True, "gemm"), (False, "sdpa")])
+def test_fast_bf16_moves_the_threshold(monkeypatch, fast, expected):
+    monkeypatch.setattr("burnish.kernels.dispatch.cpu_has_fast_bf16", lambda: fast)
+    assert attention_kind(CPU, torch.bfloat16, 64, **PLAIN, lengths=(64,)) == expected
+    assert attention_kind(CPU, torch.bfloat16, 64, **PLAIN, lengths=(2000,)) == expected
 
 
 @pytest.mark.parametrize(
