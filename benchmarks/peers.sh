@@ -1,17 +1,51 @@
 #!/usr/bin/env bash
 # Makes .peers/NAME, a virtual environment for each tool that burnish is compared with, beside the project's own (they pin what we do not).
-set -euo pipefail
+#
+#   bash benchmarks/peers.sh                  all that this machine can use
+#   bash benchmarks/peers.sh trl litgpt       these only
+#
+# A tool that will not install is reported, with the log in .peers/NAME.log, and left out of the comparison; the others go on.
+set -uo pipefail
 cd "$(dirname "$0")/.."
 torch=$(grep '^torch==' constraints.txt)
+gpu=$(command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | head -n 1)
+failed=()
 
 peer() { # name, packages
-  local home=.peers/$1
+  local name=$1 home=.peers/$1
   shift
   [ -f "$home/.installed" ] && return
-  "${PYTHON:-python3.11}" -m venv "$home"
-  "$home/bin/python" -m pip install --quiet "$torch" # first: a looser pin would pull gigabytes of CUDA libraries
-  "$home/bin/python" -m pip install --quiet "$@"
-  touch "$home/.installed"
+  mkdir -p .peers
+  # torch first and by itself, and then held: a looser pin would pull gigabytes of CUDA libraries.
+  if { test -x "$home/bin/python" || "${PYTHON:-python3.11}" -m venv "$home"; } >"$home.log" 2>&1 &&
+    "$home/bin/python" -m pip install --quiet "$torch" >>"$home.log" 2>&1 &&
+    "$home/bin/python" -m pip install --quiet "$torch" "$@" >>"$home.log" 2>&1; then
+    touch "$home/.installed"
+    rm -f "$home.log"
+    echo "$name: installed"
+  else
+    failed+=("$name")
+    echo "$name: NOT installed, see $home.log"
+  fi
 }
 
-peer trl "trl==1.16.0" "transformers==5.23.0" "peft==0.21.2" "accelerate==1.15.0" "datasets==5.2.0"
+install() {
+  case $1 in
+    trl) peer trl "trl==1.16.0" "transformers==5.23.0" "peft==0.21.2" "accelerate==1.15.0" "datasets==5.2.0" ${gpu:+"liger-kernel==0.8.5"} ;;
+    # torchvision is the release that belongs to this torch; audio and video are only imported.
+    llamafactory) peer llamafactory "llamafactory==0.9.5" "torchvision==0.28.0" "torchaudio==2.11.0" ;;
+    litgpt) peer litgpt "litgpt==0.5.13" ;;
+    # Unsloth asks for a torch of its own choosing, and for a GPU when it is imported.
+    unsloth) [ -n "$gpu" ] && peer unsloth "unsloth==2026.10.9" || echo "unsloth: left out, there is no GPU" ;;
+    *) echo "no peer '$1', expected trl, llamafactory, litgpt or unsloth" >&2 && exit 2 ;;
+  esac
+}
+
+if [ $# -eq 0 ]; then
+  set -- trl llamafactory litgpt unsloth
+fi
+for name in "$@"; do
+  install "$name"
+done
+# Named by itself, a tool that is not there is an error; among all of them it is one comparison less.
+[ ${#failed[@]} -lt $# ]
