@@ -32,8 +32,11 @@ peer() { # name, packages
 install() {
   case $1 in
     trl) peer trl "trl==1.16.0" "transformers==5.23.0" "peft==0.21.2" "accelerate==1.15.0" "datasets==5.2.0" ${gpu:+"liger-kernel==0.8.5"} ;;
-    # torchvision is the release that belongs to this torch; audio and video are only imported.
-    llamafactory) peer llamafactory "llamafactory==0.9.5" "torchvision==0.28.0" "torchaudio==2.11.0" ;;
+    # It asks for torchvision and torchaudio, whose builds need CUDA's libraries to be imported at all. Text needs neither.
+    llamafactory)
+      peer llamafactory "llamafactory==0.9.5" "torchvision==0.28.0" "torchaudio==2.11.0"
+      [ -f .peers/llamafactory/.installed ] && .peers/llamafactory/bin/python -m pip uninstall --quiet --yes torchvision torchaudio 2>/dev/null
+      ;;
     litgpt) peer litgpt "litgpt==0.5.13" ;;
     # Unsloth asks for a torch of its own choosing, and for a GPU when it is imported.
     unsloth) [ -n "$gpu" ] && peer unsloth "unsloth==2026.10.9" || echo "unsloth: left out, there is no GPU" ;;

@@ -7,16 +7,23 @@ best: neat packing, no checkpointing.
 from __future__ import annotations
 
 import json
+import sys
 from collections import deque
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from llamafactory.train.sft import workflow
-from llamafactory.train.tuner import run_exp
 
 from benchmarks.peers.hugging_face import Measured, measured
 from benchmarks.peers.job import Job, StepLog, read_job
+
+# Its data module imports torchaudio, of which there is no build without CUDA, and calls it for audio rows only.
+sys.modules["torchaudio"] = ModuleType("torchaudio")
+from llamafactory.train.sft import workflow  # noqa: E402
+from llamafactory.train.tuner import run_exp  # noqa: E402
+
+del sys.modules["torchaudio"]
 
 _counts: deque[tuple[int, int]] = deque()  # of the batches that are collated but not yet trained on: the loader runs one ahead
 
