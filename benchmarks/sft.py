@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--malloc", choices=("keep", "stock"), default="keep", help="keep: nobody's malloc returns freed pages to the system; stock: glibc's own way"
+        "--malloc",
+        choices=("keep", "stock"),
+        default="keep",
+        help="keep: nobody's malloc returns freed pages to the system; stock: glibc's own way",
     )
     parser.add_argument("--timeout", type=float, default=1200.0, help="seconds for one process")
     parser.add_argument("--json", type=Path, help="write everything here")
@@ -328,7 +331,7 @@ def same_work(results: Results, warmup: int) -> None:
 
 def save(options: argparse.Namespace, report: list[dict[str, Any]], results: Results) -> None:
     document = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "summary": report,

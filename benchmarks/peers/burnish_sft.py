@@ -12,14 +12,13 @@ import sys
 import torch
 
 import burnish
+from benchmarks.peers.job import Job, StepLog, read_job
 from burnish.config.sections import Model
 from burnish.engine.events import Callback, State
 from burnish.engine.step import StepResult
 from burnish.models.load import load_model
 from burnish.models.save import save_model
 from burnish.models.tokenizer import load_tokenizer
-
-from benchmarks.peers.job import Job, StepLog, read_job
 
 
 class Measured(Callback):
