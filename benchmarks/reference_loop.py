@@ -27,7 +27,7 @@ Tokens = tuple[list[int], int]
 
 
 class LoRALinear(torch.autograd.Function):
-    """y = x W^T + s (x A^T) B^T for flat x, with W frozen and A, B in fp32. Three products each way for the adapter, none for W's gradient."""
+    """y = x W^T + s (x A^T) B^T for flat x, with W frozen and A, B in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:

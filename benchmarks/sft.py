@@ -5,8 +5,8 @@
     python -m benchmarks.sft --peers burnish,reference,trl --precision bfloat16 --forms stock --steps 4 --rounds 1
 
 SmolLM2-135M-Instruct, LoRA of rank 16 and alpha 32 on all seven linear layers, AdamW at a constant 2e-4, 4 rows a step of at most 512
-tokens, loss on the answer only. Each tool runs in two forms: `stock` (its defaults) and `best` (its fastest exact settings; the docstring of
-benchmarks/peers/NAME_sft.py says which). The rounds are interleaved, so that a slow minute of the machine hits everyone.
+tokens, loss on the answer only. Each tool runs in two forms: `stock` (its defaults) and `best` (its fastest exact settings; the docstring
+of benchmarks/peers/NAME_sft.py says which). The rounds are interleaved, so that a slow minute of the machine hits everyone.
 
 Printed are medians over the rounds with the smallest and largest: real tokens (no padding) a second over the steps after the warm-up,
 peak resident memory (on a GPU: allocated memory), seconds from the start of the process to its first step and to the end of that step.
