@@ -1,0 +1,381 @@
+"""A training step on a GPU: random weights in the shapes of Llama 3, packed rows, burnish beside what else is installed.
+
+    python -m benchmarks.gpu_sft                                       1B, 3B, 8B; LoRA and full; every variant that is there
+    python -m benchmarks.gpu_sft --sizes 1b --modes lora --variants burnish,plain --json gpu.json
+    python -m benchmarks.gpu_sft --tiny                                two small layers on a CPU, to see that all of it runs
+
+burnish   Policy and its kernels, flat batches
+plain     transformers with PEFT, its own sdpa attention and loss, rows of equal length
+liger     plain, with Liger's kernels
+trl       SFTTrainer's step (stock settings but for checkpointing), timed between optimiser steps
+unsloth   FastLanguageModel, gradient checkpointing off
+
+Every micro-step has 8 rows of 2048 tokens, each one document, every token trained, so that all variants do the same work. Each runs in a
+process of its own; where memory does not suffice it is tried again with activation checkpointing, and the line says so. MFU counts
+useful FLOPs only (benchmarks/roofline.py) and refers to the card's 989 TFLOP/s; peak memory is what torch has allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.roofline import CARDS, SHAPES, useful_flops
+
+ROOT = Path(__file__).resolve().parents[1]
+VARIANTS = ("burnish", "plain", "liger", "trl", "unsloth")
+NEEDS = {"liger": "liger_kernel", "trl": "trl", "unsloth": "unsloth"}
+MEMORY, FAILED = 3, 1  # exit codes of a child
+
+Step = Callable[[], torch.Tensor]
+"""Forward, backward and update of one micro-step; returns the mean loss."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process does."""
+
+    variant: str
+    size: str
+    mode: str  # "lora" or "full"
+    rows: int
+    length: int
+    steps: int
+    warmup: int
+    checkpoint: bool = False
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """As a LlamaConfig takes it."""
+        shape = SHAPES[self.size]
+        return {
+            "vocab_size": shape.vocabulary,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.inner,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "tie_word_embeddings": shape.tied,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main() -> int:
+    options = parse()
+    if options.child:
+        return child(Task(**json.loads(options.child)))
+    lines: list[dict[str, Any]] = []
+    print(f"{'':26}{'tokens/s':>10}{'min':>9}{'max':>9}{'MFU':>8}{'MiB':>9}{'loss':>9}  ")
+    for size in options.sizes.split(","):
+        for mode in options.modes.split(","):
+            for variant in options.variants.split(","):
+                if variant in NEEDS and importlib.util.find_spec(NEEDS[variant]) is None:
+                    continue
+                task = Task(variant, size, mode, options.rows, options.length, options.steps, options.warmup)
+                lines.append(attempt(task, options.timeout))
+                if options.json:
+                    options.json.write_text(json.dumps({"versions": versions(), "lines": lines}, indent=1) + "\n")
+    return 0 if all("tokens_per_second" in line for line in lines) else 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="1b,3b,8b")
+    parser.add_argument("--modes", default="lora,full")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one process")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.tiny:
+        options.sizes, options.rows, options.length, options.steps, options.warmup = "tiny", 2, 32, 2, 1
+    return options
+
+
+def versions() -> dict[str, str]:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"torch": torch.__version__, "python": sys.version.split()[0], "device": name}
+
+
+def attempt(task: Task, timeout: float) -> dict[str, Any]:
+    """The line of a task, in a process of its own: with checkpointing where it does not fit without."""
+    command = [sys.executable, "-m", "benchmarks.gpu_sft", "--child", json.dumps(asdict(task))]
+    line: dict[str, Any] = asdict(task)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        line["failed"] = f"longer than {timeout:.0f} s"
+    else:
+        if done.returncode == MEMORY and not task.checkpoint:
+            return attempt(Task(**{**asdict(task), "checkpoint": True}), timeout)
+        if done.returncode == 0:
+            line |= json.loads(done.stdout.splitlines()[-1])
+        else:
+            last = [text for text in done.stderr.splitlines() if text.strip()][-1:]
+            line["failed"] = "out of memory" if done.returncode == MEMORY else "".join(last)
+    show(task, line)
+    return line
+
+
+def show(task: Task, line: dict[str, Any]) -> None:
+    title = f"{task.size} {task.mode:5} {task.variant}"
+    if "failed" in line:
+        print(f"{title:26}{line['failed']}", flush=True)
+        return
+    rate = line["tokens_per_second"]
+    line["mfu"] = useful_flops(SHAPES[task.size], task.length, full=task.mode == "full") * rate["median"] / CARDS["h100"].peak
+    numbers = f"{rate['median']:>10,.0f}{rate['min']:>9,.0f}{rate['max']:>9,.0f}{line['mfu']:>8.1%}{line['memory'] / 2**20:>9,.0f}"
+    print(f"{title:26}{numbers}{line['loss']:>9.4f}  {'checkpointed' if task.checkpoint else ''}", flush=True)
+
+
+# One process
+
+
+def child(task: Task) -> int:
+    try:
+        found = measure(task)
+    except torch.OutOfMemoryError as error:
+        print(str(error).splitlines()[0], file=sys.stderr)
+        return MEMORY
+    print(json.dumps(found))
+    return 0
+
+
+def measure(task: Task) -> dict[str, Any]:
+    seconds, losses = {"trl": by_trainer}.get(task.variant, by_step)(task)
+    rates = sorted(task.rows * task.length / s for s in seconds)
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {
+        "tokens_per_second": {"median": statistics.median(rates), "min": rates[0], "max": rates[-1]},
+        "memory": memory,
+        "loss": losses[0],  # of the first step: the same weights, rows and mathematics for everyone
+    }
+
+
+def by_step(task: Task) -> tuple[list[float], list[float]]:
+    builders = {"burnish": burnish_step, "plain": plain_step, "liger": plain_step, "unsloth": unsloth_step}
+    step = builders[task.variant](task)
+    seconds: list[float] = []
+    losses: list[float] = []
+    for _ in range(task.warmup + task.steps):
+        start = time.perf_counter()
+        losses.append(float(step()))  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return seconds[task.warmup :], losses
+
+
+def random_model(task: Task) -> Any:
+    """The same weights for every variant: LoRA's frozen base in bf16, full fine-tuning in fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if task.mode == "lora" else torch.float32)
+    try:
+        with task.device:
+            return LlamaForCausalLM(LlamaConfig(**task.shape, attn_implementation="sdpa"))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def with_adapter(model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))  # its parameters in fp32, PEFT's default
+
+
+def token_rows(task: Task) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, SHAPES[task.size].vocabulary, (task.rows, task.length), generator=generator)
+
+
+def burnish_step(task: Task) -> Step:
+    import numpy as np
+
+    from burnish.config.objectives import SFT
+    from burnish.config.sections import Adapter, Train
+    from burnish.data.collate import collate
+    from burnish.data.types import Example
+    from burnish.engine.optim import build_optimizer
+    from burnish.models.adapters import attach
+    from burnish.models.policy import Policy
+    from burnish.objectives.sft import SFTObjective
+
+    model = random_model(task)
+    policy = Policy(attach(model, Adapter(rank=16, alpha=32)) if task.mode == "lora" else model).train()
+    if task.checkpoint:
+        policy.checkpoint_activations()
+    objective, optimizer = SFTObjective(SFT()), build_optimizer(policy.trainable(), Train(learning_rate=1e-4))
+    examples = [Example(row.numpy().astype(np.int32), np.ones(task.length, np.float32)) for row in token_rows(task)]
+    batch = collate(examples, step_weight=float(task.rows * (task.length - 1))).to(task.device)
+    parameters = list(policy.trainable().values())
+
+    def step() -> torch.Tensor:
+        with torch.autocast(task.device.type, torch.bfloat16):
+            loss = objective(policy, batch).sum / batch.step_weight
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def plain_step(task: Task) -> Step:
+    if task.variant == "liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    model = random_model(task)
+    return torch_step(task, with_adapter(model) if task.mode == "lora" else model)
+
+
+def unsloth_step(task: Task) -> Step:
+    from unsloth import FastLanguageModel  # isort: skip  # before transformers, or it refuses
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_folder(task, folder)
+        dtype = torch.bfloat16 if task.mode == "lora" else torch.float32
+        model, _ = FastLanguageModel.from_pretrained(
+            folder, max_seq_length=task.length, dtype=dtype, load_in_4bit=False, full_finetuning=task.mode == "full"
+        )
+    if task.mode == "lora":
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        model = FastLanguageModel.get_peft_model(
+            model, r=16, lora_alpha=32, lora_dropout=0, target_modules=names, use_gradient_checkpointing=task.checkpoint
+        )
+    return torch_step(task, model, checkpoint=False)
+
+
+def torch_step(task: Task, model: Any, *, checkpoint: bool | None = None) -> Step:
+    """A step as anyone would write it around a transformers model."""
+    if task.checkpoint if checkpoint is None else checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    rows = token_rows(task).to(task.device)
+
+    def step() -> torch.Tensor:
+        with torch.autocast(task.device.type, torch.bfloat16):
+            loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def by_trainer(task: Task) -> tuple[list[float], list[float]]:
+    """TRL's SFTTrainer over rows that are tokens already."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from benchmarks.peers.hugging_face import Measured, count_inputs, measured
+
+    clock = Clock()
+    watch = Measured(clock)  # pyright: ignore[reportArgumentType]
+    rows = token_rows(task).tolist() * (task.warmup + task.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(task, folder)
+        trainer = measured(SFTTrainer, watch, count_inputs)(
+            model=random_model(task),
+            args=SFTConfig(
+                output_dir=folder,
+                max_steps=task.warmup + task.steps,
+                per_device_train_batch_size=task.rows,
+                learning_rate=1e-4,
+                lr_scheduler_type="constant",
+                max_length=None,
+                bf16=True,
+                use_cpu=task.device.type == "cpu",
+                gradient_checkpointing=task.checkpoint,
+                dataset_kwargs={"skip_prepare_dataset": True},
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list([{"input_ids": row, "labels": row} for row in rows]),
+            processing_class=load_tokenizer(folder),
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if task.mode == "lora" else None,
+            callbacks=[watch],
+        )
+        trainer.train()
+    return clock.seconds[task.warmup :], clock.losses
+
+
+class Clock:
+    """What `Measured` tells, kept."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self._last = 0.0
+
+    def begin(self) -> None:
+        self._last = self._last or time.perf_counter()
+
+    def step(self, tokens: int, trained_tokens: int, loss: float) -> None:
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self.losses.append(loss)
+        self._last = now
+
+
+# Tools that insist on files get some.
+
+
+def save_folder(task: Task, folder: str) -> None:
+    random_model(task).save_pretrained(folder)
+    save_tokenizer(task, folder)
+
+
+def save_tokenizer(task: Task, folder: str) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(SHAPES[task.size].vocabulary)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="w0", eos_token="w1", pad_token="w2", unk_token="w3").save_pretrained(folder)
+
+
+def load_tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
