@@ -41,13 +41,15 @@ format: install ## Put the code into its form
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: install ## Measure speed on this machine
-	$(BIN)/python -m benchmarks.micro_step
+bench: install ## Measure speed on this machine, beside the tools that make peers has installed
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.sft
 
 peers: ## Make .peers/ with the tools that burnish is compared with
 	bash benchmarks/peers.sh
 
-parity: install peers ## Compare the first 10 steps with TRL
+parity: install ## Compare the first 10 steps with TRL
+	bash benchmarks/peers.sh trl
 	$(BIN)/python -m benchmarks.parity.sft
 
 clean: ## Remove what the targets made (not the runs)

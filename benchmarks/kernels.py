@@ -137,7 +137,7 @@ def time_case(
         try:
             seconds = time_impl(problem, impl, clock)
         except Exception as error:
-            if impl in ("plain", "torch", "auto"):
+            if impl in ("plain", "torch", "auto") and not isinstance(error, torch.OutOfMemoryError):
                 raise
             # Kernels say in their own ways that a device, a type or a shape is not for them.
             reason = f"    {kernel.name}, {impl}: {(str(error).strip().splitlines() or [type(error).__name__])[0][:110]}"

@@ -256,6 +256,7 @@ def head_sizes(device: str, tokens: int) -> list[tuple[str, Case]]:
 
 
 def adamw(module: ModuleType, case: Case, dtype: torch.dtype, device: torch.device) -> Problem:
+    dtype = torch.float32  # its state, whatever the model's type is
     segments, at = [], 0
     for i, size in enumerate(case["sizes"]):
         decay = case.get("weight_decay", 0.1)

@@ -1,0 +1,112 @@
+"""Every kernel on a real GPU: output and every input's gradient against float64, never further away than plain torch in the same type.
+
+The interpreter tests (tests/unit/kernels/gpu) prove the algorithms on any machine; bf16 rounding, the compiler and real memory are seen
+only here. To run the same code without a GPU: `TRITON_INTERPRET=1 BURNISH_GPU_TESTS_ON=cpu python -m pytest tests/gpu`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.problems import KERNELS, Kernel, Outputs, Problem, leaves
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else os.environ.get("BURNISH_GPU_TESTS_ON", "cuda"))
+pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device")
+
+# The interpreter rounds bf16 in its own way, so only a GPU can be asked about it.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
+NAMES = {kernel.name: kernel for kernel in KERNELS if kernel.module() is not None}
+TRITON = [(name, title, dtype) for name in NAMES if name != "attention" for title, _ in NAMES[name].cases() for dtype in DTYPES]
+ATTENTION = [(title, dtype) for title, _ in NAMES["attention"].cases() for dtype in DTYPES]
+
+SLACK = 1.25
+"""The largest of thousands of rounding errors is itself a little random: two orders of summation differ by that much."""
+
+
+def label(value: Any) -> str:
+    return str(value).removeprefix("torch.").replace(" ", "-")
+
+
+@pytest.mark.parametrize(("name", "title", "dtype"), TRITON, ids=label)
+def test_triton_is_no_further_from_the_truth_than_plain_torch(name: str, title: str, dtype: torch.dtype) -> None:
+    if name == "adamw" and dtype is not torch.float32:
+        pytest.skip("its state is fp32")
+    kernel = NAMES[name]
+    problem = kernel.problem(dict(kernel.cases())[title], dtype, DEVICE)
+    require(kernel, problem, "triton")
+    compare(problem, "triton")
+
+
+@pytest.mark.parametrize(("title", "dtype"), ATTENTION, ids=label)
+def test_attention_over_segments(title: str, dtype: torch.dtype) -> None:
+    kernel = NAMES["attention"]
+    compare(kernel.problem(dict(kernel.cases())[title], dtype, DEVICE), "auto")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=label)
+def test_varlen_attention_is_what_packing_uses(dtype: torch.dtype) -> None:
+    if DEVICE.type != "cuda":
+        pytest.skip("flash attention is CUDA's")
+    kernel = NAMES["attention"]
+    compare(kernel.problem(dict(kernel.cases())["roots"], dtype, DEVICE), "varlen")
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "rope", "glu", "lora", "linear_ce"])
+def test_real_sizes_in_bf16(name: str) -> None:
+    """Many programs, many tiles, offsets beyond 2^24: what small cases do not reach."""
+    if DEVICE.type != "cuda":
+        pytest.skip("too large for an interpreter")
+    kernel = NAMES.get(name)
+    if kernel is None:
+        pytest.skip(f"there is no kernel '{name}'")
+    for _, case in kernel.sizes("cuda", 4096):
+        problem = kernel.problem(case, torch.bfloat16, DEVICE)
+        require(kernel, problem, "triton")
+        compare(problem, "triton", truth=torch.float32)  # fp64 products of that size would take minutes
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "rope", "glu", "lora", "linear_ce"])
+def test_the_same_bits_every_time(name: str) -> None:
+    kernel = NAMES.get(name)
+    if kernel is None:
+        pytest.skip(f"there is no kernel '{name}'")
+    problem = kernel.problem(kernel.cases()[0][1], torch.bfloat16 if DEVICE.type == "cuda" else torch.float32, DEVICE)
+    require(kernel, problem, "triton")
+    first, second = (evaluate(problem, "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def require(kernel: Kernel, problem: Problem, impl: str) -> None:
+    """Skips where a kernel is not written in `impl`; where it is, a failure to run is a failure."""
+    try:
+        problem.run(leaves(problem), impl)
+    except ValueError as error:
+        if "implementation" in str(error) or "only in torch" in str(error):
+            pytest.skip(f"{kernel.name}: {error}")
+        raise
+
+
+def compare(problem: Problem, impl: str, truth: torch.dtype = torch.float64) -> None:
+    found, plain, true = evaluate(problem, impl), evaluate(problem, "plain"), evaluate(problem, "plain", truth)
+    for mine, theirs, exact in zip(found, plain, true, strict=True):
+        assert mine.shape == exact.shape and mine.dtype is theirs.dtype
+        if not exact.numel():
+            continue
+        assert bool(mine.isfinite().all())
+        error, allowed = (float((x.to(truth) - exact).abs().max()) for x in (mine, theirs))
+        assert error <= SLACK * allowed + 1e-6 * float(exact.abs().max())
+
+
+def evaluate(problem: Problem, impl: str, dtype: torch.dtype | None = None) -> Outputs:
+    """Outputs and gradients, under the same random gradient from above for everyone."""
+    given = leaves(problem, dtype)
+    outputs = problem.plain(given) if impl == "plain" else problem.run(given, impl)
+    generator = torch.Generator().manual_seed(7)
+    kept = problem.inputs[problem.trained[0]].dtype if problem.trained else outputs[0].dtype
+    upstream = [torch.randn(y.shape, generator=generator).to(kept).to(y.device, y.dtype) for y in outputs]
+    wanted = [given[name] for name in problem.trained]
+    gradients = torch.autograd.grad(outputs, wanted, upstream) if wanted else ()
+    return tuple(y.detach() for y in (*outputs, *gradients))
