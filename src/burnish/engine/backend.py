@@ -22,6 +22,7 @@ from torch import nn
 
 from burnish.core.errors import ConfigError, DependencyError, TrainingError, Where
 from burnish.core.log import set_rank, warn
+from burnish.kernels.allocator import keep_freed_memory
 from burnish.kernels.dispatch import cpu_has_fast_bf16
 
 __all__ = ["Backend", "LossScale", "Precision", "Trackers", "resolve_precision"]
@@ -62,6 +63,8 @@ class Backend:
         self.compute_dtype = resolve_precision(precision, self.device)
         self.loss_scale = LossScale() if self.compute_dtype == torch.float16 else None
         set_rank(self.rank)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     @property
     def is_main(self) -> bool:

@@ -57,6 +57,22 @@ def test_one_process_pays_nothing():
     assert parameter.grad is None
 
 
+def test_on_a_cpu_freed_memory_is_kept_for_the_next_step(monkeypatch: pytest.MonkeyPatch):
+    calls: list[bool] = []
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: calls.append(True))
+    Backend(precision="float32", cpu=True)
+    assert calls == [True]
+
+
+def test_on_other_devices_the_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    class OnCuda:
+        device, process_index, num_processes = torch.device("cuda"), 0, 1
+
+    monkeypatch.setattr(module, "PartialState", lambda cpu: OnCuda())
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: pytest.fail("called for a GPU"))
+    assert Backend(precision="float32").device.type == "cuda"
+
+
 def test_a_group_that_does_not_form_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # what a launcher sets; the group of this process is there already, and has one member
     with pytest.raises(TrainingError, match="started 2 processes, but this one sees 1"):
