@@ -125,7 +125,8 @@ def train(job: Job) -> Outcome:
                 run.evaluate()
             if run.save_is_due():
                 run.save()
-            run.stop_on_signal()
+            if not state.finished:  # after the last step there is nothing to stop
+                run.stop_on_signal()
 
         run.finish()
     return Outcome(state, stepper.skipped, run.last_evaluation, stepper.guard.report, resumed_from)
@@ -281,8 +282,9 @@ class _Run:
         if not self.job.backend.any(self.signals.received is not None):
             return
         self.save()
+        rest = ", before its evaluation" if self.state.evaluation_pending else ""
         raise Interrupted(
-            f"stopped after step {self.state.step} of {self.state.total}, with a checkpoint in {self.job.checkpoints}",
+            f"stopped after step {self.state.step} of {self.state.total}{rest}, with a checkpoint in {self.job.checkpoints}",
             hint="run the same command again to go on",
         )
 
@@ -291,8 +293,10 @@ class _Run:
         job, state = self.job, self.state
         if state.stop is not None:
             info(f"stopped after step {state.step} of {state.total}: {state.stop}")
-        if job.evaluation.every is not None and state.step > self._first_step and self._evaluated_step != state.step:
+        unseen = state.step > self._first_step and self._evaluated_step != state.step and not state.evaluation_pending
+        if job.evaluation.every is not None and unseen:
             self.evaluate()
+        if state.evaluation_pending:  # cut short by a signal, and the weights to keep hang on it
             self.stop_on_signal()
         if job.save.every is not None:
             self.save()

@@ -152,6 +152,27 @@ def test_a_signal_saves_and_the_handlers_come_back(make_job: MakeJob):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_step_changes_nothing(make_job: MakeJob, number: signal.Signals):
+    whole = make_job("whole", steps=4, held_out=False)
+    train(whole)
+    signalled = make_job("signalled", steps=4, held_out=False, callbacks=[SignalAt(4, number=number)])
+    assert train(signalled).state.step == 4
+    assert saved_steps(signalled) == saved_steps(whole)
+    for name, parameter in whole.policy.trainable().items():
+        assert torch.equal(parameter, signalled.policy.trainable()[name]), name
+
+
+@pytest.mark.parametrize("every", ["2st", "3st"])
+def test_a_signal_in_the_last_step_that_cuts_its_evaluation_is_said_and_made_up_for(make_job: MakeJob, every: str):
+    settings = {"steps": 4, "evaluation": {"every": every}}
+    with pytest.raises(Interrupted, match="stopped after step 4 of 4, before its evaluation"):
+        train(make_job("parts", **settings, callbacks=[SignalAt(4)]))
+    resumed = make_job("parts", **settings)
+    assert train(resumed).evaluation is not None
+    assert lines(resumed, "eval.jsonl")[-1]["step"] == 4
+
+
 def test_lines_after_the_checkpoint_are_cut_when_a_run_goes_on(make_job: MakeJob):
     class Crash(Callback):
         def on_step_end(self, state: State, result: StepResult) -> None:
