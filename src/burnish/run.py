@@ -36,7 +36,7 @@ from burnish.config.run import RunConfig
 from burnish.config.sections import Adapter, Model
 from burnish.core import plugins
 from burnish.core.errors import CheckpointError, ConfigError, Where
-from burnish.core.log import info
+from burnish.core.log import busy, info
 from burnish.data.account import Account
 from burnish.data.cache import Examples
 from burnish.data.loader import Loader, eval_batches
@@ -53,6 +53,7 @@ from burnish.engine.resume import identity_of
 from burnish.engine.step import Stepper, StepResult
 from burnish.models.adapters import attach
 from burnish.models.load import load_model
+from burnish.models.locate import locate
 from burnish.models.policy import Policy
 from burnish.models.save import save_model
 from burnish.models.tokenizer import add_tokens, load_tokenizer
@@ -167,7 +168,9 @@ class Run:
     def policy(self) -> Policy:
         """The model to train, with its adapter."""
         self.backend.seed(self.config.train.seed)  # the adapter's initial weights
-        policy = build_policy(self.config.model, self.config.adapter, self.backend, self.tokenizer)
+        model = self.config.model
+        with busy(f"loading {model.path}", spinner=locate(model.path).kind != "hub"):  # a download has a bar of its own
+            policy = build_policy(model, self.config.adapter, self.backend, self.tokenizer)
         if self.config.train.checkpoint_activations == "on":
             policy.checkpoint_activations()
         policy.noise(getattr(self.config.objective, "neftune_alpha", 0.0))

@@ -5,6 +5,8 @@ Under several processes only rank 0 speaks. An error of another rank is still pr
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Final
 
 from rich.console import Console
@@ -36,6 +38,22 @@ def info(text: str) -> None:
 def warn(text: str) -> None:
     """Prints a line that a user should not miss."""
     console.print(Text.assemble(("warning: ", "yellow"), text))
+
+
+@contextmanager
+def busy(text: str, *, spinner: bool = True) -> Generator[None]:
+    """Says what takes a moment: a spinner that vanishes when it is done on a terminal, a line elsewhere.
+
+    Args:
+        text: What is being done.
+        spinner: False where something inside draws on the terminal itself, such as the bar of a download.
+    """
+    if spinner and console.is_terminal and not console.quiet:
+        with console.status(Text(text)):
+            yield
+    else:
+        info(text)
+        yield
 
 
 def print_error(error: BurnishError) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 
 import pytest
@@ -36,3 +37,22 @@ def test_other_ranks_are_silent_but_for_errors(capsys: pytest.CaptureFixture[str
     log.print_error(BurnishError("rank 3 broke"))
     log.info("hello")
     assert capsys.readouterr().err == "[rank 3] error: rank 3 broke\n"
+
+
+def test_busy_is_a_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with log.busy("loading [model]"):
+        assert capsys.readouterr().err == "loading [model]\n"
+    log.set_rank(1)
+    with log.busy("loading"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_busy_leaves_nothing_behind_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(log, "console", log.RankConsole(file=stream, force_terminal=True, width=80, _environ={"TERM": "xterm"}))
+    with log.busy("loading [model]"):
+        pass
+    shown = stream.getvalue()
+    assert "loading [model]" in shown
+    assert shown.endswith("\x1b[1A\x1b[2K")  # up, and the line erased

@@ -1,0 +1,59 @@
+"""Whole runs over a tiny model: what is said, what is written, and what a second call does."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from burnish.cli.main import main
+from burnish.engine.events import Callback, State
+from burnish.engine.step import StepResult
+
+Train = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(autouse=True)
+def run_file(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of 3 steps in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"the user asks {n} ", "completion": f"the assistant answers {n}"} for n in range(8)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {tiny_model}\nadapter: {{kind: lora, rank: 4}}\ndata: {{train: rows.jsonl, max_length: 64, cache: ./cache, workers: 1}}\n"
+        "train: {steps: 3, batch_size: 4, precision: float32}\noutput: runs/one\n"
+    )
+    return file
+
+
+@pytest.fixture
+def train(run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
+    """`burnish train run.yaml OVERRIDES`: exit code and stderr."""
+
+    def call(*overrides: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["burnish", "train", str(run_file), *overrides])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    return call
+
+
+class SignalAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, state: State, result: StepResult) -> None:
+        if result.step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_it_says_what_is_being_loaded(train: Train, tiny_model: Path) -> None:
+    code, said = train()
+    assert code == 0
+    assert said.index(f"loading {tiny_model}") < said.index("training ") < said.index("step 3/3")
