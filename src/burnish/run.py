@@ -35,7 +35,7 @@ from burnish.config.objectives import Plugin
 from burnish.config.run import RunConfig
 from burnish.config.sections import Adapter, Model
 from burnish.core import plugins
-from burnish.core.errors import CheckpointError, ConfigError, Where
+from burnish.core.errors import CheckpointError, ConfigError, Interrupted, Where
 from burnish.core.log import busy, info
 from burnish.data.account import Account
 from burnish.data.cache import Examples
@@ -232,6 +232,10 @@ class Run:
         job.trackers = self.backend.trackers(self.config.track, name=self.folder.name, folder=self.folder, config=resolved(self.config))
         try:
             outcome = loop.train(job)
+        except Interrupted:
+            if self.backend.is_main:
+                write_report(self.folder, stopped=True)
+            raise
         finally:
             job.trackers.close()
         self.save()

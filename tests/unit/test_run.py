@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from burnish.cli.main import main
+from burnish.core.errors import Interrupted
 from burnish.engine.events import Callback, State
 from burnish.engine.step import StepResult
+from burnish.run import Run
 
 Train = Callable[..., tuple[int, str]]
 
@@ -57,3 +59,22 @@ def test_it_says_what_is_being_loaded(train: Train, tiny_model: Path) -> None:
     code, said = train()
     assert code == 0
     assert said.index(f"loading {tiny_model}") < said.index("training ") < said.index("step 3/3")
+
+
+class TestInterrupted:
+    def test_it_leaves_a_report_that_says_so(self, run_file: Path) -> None:
+        with pytest.raises(Interrupted, match="after step 2 of 3"):
+            Run.from_file(run_file, callbacks=[SignalAt(2)]).train()
+        assert "2 steps, stopped before its end" in Path("runs/one/report.html").read_text()
+
+    def test_in_the_last_step_it_is_finished(self, run_file: Path) -> None:
+        Run.from_file(run_file, callbacks=[SignalAt(3)]).train()
+        assert "3 steps, finished" in Path("runs/one/report.html").read_text()
+        assert Path("runs/one/model/adapter_model.safetensors").is_file()
+
+    def test_gone_on_with_the_report_is_of_the_whole(self, run_file: Path, train: Train) -> None:
+        with pytest.raises(Interrupted):
+            Run.from_file(run_file, callbacks=[SignalAt(2)]).train()
+        code, said = train()
+        assert code == 0 and "going on from" in said
+        assert "3 steps, finished" in Path("runs/one/report.html").read_text()

@@ -49,10 +49,14 @@ class _Tile:
     note: str = ""
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, *, stopped: bool = False) -> Path:
     """Writes report.html and curves/*.png from what the run folder holds, and returns the page's path.
 
     Reads metrics.jsonl, eval.jsonl, run.yaml and data.json; what is missing is left out of the page.
+
+    Args:
+        folder: The run folder.
+        stopped: The run has been interrupted and may go on, which the page says.
     """
     steps, evaluations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "eval.jsonl")
     account = _json(folder / "data.json")
@@ -64,7 +68,7 @@ def write_report(folder: Path) -> Path:
         picture.png(folder / "curves" / f"{picture.name}.png")
     page = _template().render(
         name=folder.resolve().name,
-        subtitle=_subtitle(steps),
+        subtitle=_subtitle(steps, "stopped before its end" if stopped else "finished"),
         tiles=list(_tiles(steps, evaluations, best)),
         curves=[{"title": picture.title, "source": _data_url(picture.svg())} for picture in pictures],
         shares=list(_shares(account)),
@@ -84,9 +88,9 @@ def _template() -> jinja2.Template:
     return jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined).from_string(source)
 
 
-def _subtitle(steps: Sequence[Line]) -> str:
+def _subtitle(steps: Sequence[Line], how: str) -> str:
     date = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
-    return f"{len(steps):,} steps, finished {date}" if steps else date
+    return f"{len(steps):,} steps, {how} {date}" if steps else date
 
 
 def _tiles(steps: Sequence[Line], evaluations: Sequence[Line], best: Line | None) -> Iterator[_Tile]:
