@@ -60,6 +60,7 @@ from burnish.models.tokenizer import add_tokens, load_tokenizer
 from burnish.objectives.base import Loss, Objective
 
 DEFAULT_BATCH_SIZE = 32
+FINISHED = "finished.json"  # in the run folder, of a run whose model is the outcome of all its steps
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
@@ -187,7 +188,6 @@ class Run:
         source, held_out = self.loader, self.held_out
         cut = (self.micro_batch_tokens, self.backend.rank, self.backend.world_size)
         passes = partial(eval_batches, held_out, *cut, packing=self.config.data.packing) if held_out is not None else None
-        fingerprint = {} if self.config.data.streaming else {"data.fingerprint": self.data.train.fingerprint}
         return loop.Job(
             policy=self.policy,
             objective=self.objective,
@@ -200,7 +200,7 @@ class Run:
             save=self.config.save,
             eval_batches=passes,
             callbacks=self.callbacks,
-            identity=identity_of(self.config) | fingerprint,
+            identity=self._identity,
             resume=self.config.resume == "auto",
         )
 
@@ -241,6 +241,7 @@ class Run:
         self.save()
         if self.backend.is_main:
             write_report(self.folder)
+            self._note_finished(outcome.state.step)
             seconds = time.perf_counter() - began
             info(f"done in {seconds:.0f} s: {self.folder / 'model'}  report: {self.folder / 'report.html'}")
         return outcome
@@ -289,8 +290,35 @@ class Run:
         if not self.backend.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / FINISHED).unlink(missing_ok=True)
         (self.folder / "run.yaml").write_text(dump_run(self.config), encoding="utf-8")
         (self.folder / "data.json").write_text(json.dumps(self.account.to_json(), indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def finished(self) -> Path | None:
+        """The trained model, if the run folder holds this very run (the same settings, data and length) and it is finished.
+
+        The data is prepared for that, or taken from its cache; the model is not loaded.
+        """
+        marker, model = self.folder / FINISHED, self.folder / "model"
+        if self.config.resume == "never" or not marker.is_file() or not model.is_dir():
+            return None
+        try:
+            same = json.loads(marker.read_text(encoding="utf-8")) == {"steps": self.total_steps, "run": self._identity}
+        except ValueError:  # torn by a crash: the checkpoint tells
+            return None
+        return model if same else None
+
+    def _note_finished(self, steps: int) -> None:
+        if steps == self.total_steps:  # not where it was stopped early, which a longer patience may undo
+            text = json.dumps({"steps": steps, "run": self._identity}, indent=2)
+            (self.folder / FINISHED).write_text(f"{text}\n", encoding="utf-8")
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint of this run must share with it."""
+        fingerprint = {} if self.config.data.streaming else {"data.fingerprint": self.data.train.fingerprint}
+        return identity_of(self.config) | fingerprint
 
     def _refuse_to_overwrite(self) -> None:
         if self.config.resume == "never" and checkpoint.newest(self.folder / "checkpoints") is not None:

@@ -66,6 +66,7 @@ class TestInterrupted:
         with pytest.raises(Interrupted, match="after step 2 of 3"):
             Run.from_file(run_file, callbacks=[SignalAt(2)]).train()
         assert "2 steps, stopped before its end" in Path("runs/one/report.html").read_text()
+        assert not Path("runs/one/finished.json").exists()
 
     def test_in_the_last_step_it_is_finished(self, run_file: Path) -> None:
         Run.from_file(run_file, callbacks=[SignalAt(3)]).train()
@@ -78,3 +79,52 @@ class TestInterrupted:
         code, said = train()
         assert code == 0 and "going on from" in said
         assert "3 steps, finished" in Path("runs/one/report.html").read_text()
+
+
+class TestFinished:
+    def test_the_same_command_tells_where_the_model_is_and_loads_none(self, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert train()[0] == 0
+        weights = Path("runs/one/model/adapter_model.safetensors")
+        written = weights.stat().st_mtime_ns
+        monkeypatch.setattr("burnish.run.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+        code, said = train()
+        assert code == 0
+        assert "already finished after 3 steps: " in said and str(Path("runs/one/model")) in said
+        assert weights.stat().st_mtime_ns == written
+
+    def test_a_longer_run_goes_on(self, train: Train) -> None:
+        train()
+        code, said = train("train.steps=4")
+        assert code == 0 and "going on from" in said and "step 4/4" in said
+        assert "already finished after 4 steps" in train("train.steps=4")[1]
+
+    def test_another_run_in_the_same_folder_is_refused_as_before(self, train: Train) -> None:
+        train()
+        code, said = train("train.learning_rate=0.5")
+        assert code == 2 and "belongs to a run with other settings: train.learning_rate" in said
+
+    def test_other_rows_are_noticed(self, train: Train) -> None:
+        train()
+        with Path("rows.jsonl").open("a") as rows:
+            rows.write(json.dumps({"prompt": "more ", "completion": "rows"}) + "\n")
+        code, said = train()
+        assert code == 2 and "data.fingerprint" in said
+
+    @pytest.mark.parametrize("spoil", [lambda run: (run / "finished.json").write_text("{"), lambda run: (run / "finished.json").unlink()])
+    def test_without_a_whole_marker_the_checkpoint_tells(self, train: Train, spoil: Callable[[Path], object]) -> None:
+        train()
+        spoil(Path("runs/one"))
+        code, said = train()
+        assert code == 0 and "going on from" in said and "step 3 of 3" in said
+
+    def test_never_means_never(self, train: Train) -> None:
+        train()
+        code, said = train("resume=never")
+        assert code == 2 and "resume is 'never'" in said
+
+    def test_from_python_the_weights_are_there(self, run_file: Path) -> None:
+        first, second = Run.from_file(run_file), Run.from_file(run_file)
+        first.train()
+        assert second.train().state.step == 3
+        theirs = second.policy.trainable()
+        assert all(value.equal(theirs[name]) for name, value in first.policy.trainable().items())

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from burnish.config.load import load_run
-from burnish.core.log import console
+from burnish.core.log import console, info
 
 
 def main(file: Path, overrides: Sequence[str]) -> None:
-    """Trains as the run file says."""
+    """Trains as the run file says, or tells where the model is, if that is done already."""
     loaded = load_run(file, overrides)
     # Only now the heavy imports: a mistake in the run file is answered at once.
     with console.status("starting"):
         from burnish.run import Run
 
-    Run(loaded.config, base=file.resolve().parent).train()
+    run = Run(loaded.config, base=file.resolve().parent)
+    if model := run.finished:
+        info(f"already finished after {run.total_steps:,} steps: {model}  report: {run.folder / 'report.html'}")
+        info("to go on, ask for more epochs or steps; to begin anew, choose another output folder")
+        return
+    run.train()
