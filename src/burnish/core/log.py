@@ -1,10 +1,12 @@
 """What burnish says to people: one console on stderr, so that stdout stays free for answers and JSON.
 
-Under several processes only rank 0 speaks. An error of another rank is still printed, with its rank, because it may be the only one.
+Under several processes only rank 0 speaks. An error of another rank is still printed, with its rank, because it may be the only one; but
+what is wrong with the run file or the installation is the same for all processes of a machine, and the first of them says it for all.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Final
@@ -12,7 +14,7 @@ from typing import Final
 from rich.console import Console
 from rich.text import Text
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, ConfigError, DependencyError
 
 
 class RankConsole(Console):
@@ -22,6 +24,8 @@ class RankConsole(Console):
 
 
 console: Final = RankConsole(stderr=True, highlight=False, soft_wrap=True)
+
+_SAME_FOR_ALL = (ConfigError, DependencyError)
 
 
 def set_rank(rank: int) -> None:
@@ -58,6 +62,8 @@ def busy(text: str, *, spinner: bool = True) -> Generator[None]:
 
 def print_error(error: BurnishError) -> None:
     """Prints an error's message, then its hint on a line of its own. No traceback: such an error is the input's fault."""
+    if isinstance(error, _SAME_FOR_ALL) and not _first_of_machine():
+        return
     prefix = f"[rank {console.rank}] error: " if console.rank else "error: "
     silent, console.quiet = console.quiet, False
     try:
@@ -66,3 +72,12 @@ def print_error(error: BurnishError) -> None:
             console.print(Text.assemble(("hint: ", "cyan"), error.hint))
     finally:
         console.quiet = silent
+
+
+def _first_of_machine() -> bool:
+    """Whether a launcher (torchrun, accelerate launch) started this process as the first one of its machine, or there is no launcher."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
+if os.environ.get("WORLD_SIZE", "1") != "1":  # the launcher's word, until the processes have found each other
+    set_rank(int(os.environ.get("RANK", "0")))

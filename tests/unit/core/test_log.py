@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from burnish.core import log
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +60,36 @@ def test_busy_leaves_nothing_behind_on_a_terminal(monkeypatch: pytest.MonkeyPatc
     shown = stream.getvalue()
     assert "loading [model]" in shown
     assert shown.endswith("\x1b[1A\x1b[2K")  # up, and the line erased
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"), [({}, True), ({"RANK": "0"}, True), ({"RANK": "1"}, False), ({"RANK": "8", "LOCAL_RANK": "0"}, True)]
+)
+def test_a_wrong_run_file_is_said_once_a_machine(
+    environment: dict[str, str], said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    log.print_error(ConfigError("unknown key"))
+    assert ("unknown key" in capsys.readouterr().err) is said
+    log.print_error(BurnishError("mine alone"))
+    assert "mine alone" in capsys.readouterr().err
+
+
+def test_all_processes_exit_2_and_one_speaks(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("modle: x\n")
+    launched = [
+        subprocess.Popen(
+            [sys.executable, "-m", "burnish", "train", "run.yaml"],
+            cwd=tmp_path,
+            env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    errors = [process.communicate()[1] for process in launched]
+    assert [process.returncode for process in launched] == [2, 2]
+    assert "modle" in errors[0] and errors[1] == ""
