@@ -228,6 +228,8 @@ class Run:
         began = time.perf_counter()
         job = self.job
         info(self._announcement())
+        if (optimizer := self.config.train.optimizer.kind).endswith("schedule_free"):
+            info(f"{optimizer}: the rate stays constant after the warm-up, whatever train.schedule says; the weights are averaged instead")
         self.open()
         job.trackers = self.backend.trackers(self.config.track, name=self.folder.name, folder=self.folder, config=resolved(self.config))
         try:

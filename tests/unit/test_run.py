@@ -61,6 +61,14 @@ def test_it_says_what_is_being_loaded(train: Train, tiny_model: Path) -> None:
     assert said.index(f"loading {tiny_model}") < said.index("training ") < said.index("step 3/3")
 
 
+def test_schedule_free_says_that_the_schedule_is_not_followed(train: Train) -> None:
+    code, said = train("train.optimizer=adamw_schedule_free")
+    assert code == 0
+    assert said.count("the rate stays constant after the warm-up") == 1
+    rates = [json.loads(line)["learning_rate"] for line in Path("runs/one/metrics.jsonl").read_text().splitlines()]
+    assert rates[-1] == max(rates)
+
+
 class TestInterrupted:
     def test_it_leaves_a_report_that_says_so(self, run_file: Path) -> None:
         with pytest.raises(Interrupted, match="after step 2 of 3"):

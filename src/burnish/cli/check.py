@@ -61,7 +61,7 @@ def summary(config: RunConfig) -> dict[str, str]:
         "held out": _held_out(config.data),
         "objective": config.objective.kind,
         "length": f"{_length(config.train)}, {_step(config.train)} a step",
-        "optimizer": f"{config.train.optimizer.kind}, learning rate {config.train.learning_rate:g}, {config.train.schedule.kind} schedule",
+        "optimizer": f"{config.train.optimizer.kind}, learning rate {config.train.learning_rate:g}, {_schedule(config.train)}",
         "output": _short(config.output),
     }
 
@@ -136,6 +136,12 @@ def _length(train: Train) -> str:
 
 def _step(train: Train) -> str:
     return f"{train.batch_tokens:,} tokens" if train.batch_tokens else _count(train.batch_size or 32, "example")
+
+
+def _schedule(train: Train) -> str:
+    if train.optimizer.kind.endswith("schedule_free"):
+        return "constant after the warm-up: it averages the weights instead of lowering the rate"
+    return f"{train.schedule.kind} schedule"
 
 
 def _count(number: float, noun: str) -> str:

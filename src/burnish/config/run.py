@@ -183,6 +183,16 @@ def schedule_uses_its_keys(run: RunConfig) -> str | None:
     return f"the schedule {schedule.kind} has no {_and(ignored)}; leave {_them(ignored)} out" if ignored else None
 
 
+@_check("train.schedule", "train.schedule.kind", "train.schedule.floor", "train.optimizer")
+def schedule_free_has_no_curve(run: RunConfig) -> str | None:
+    """A schedule-free optimiser averages instead of decaying. Cosine is what a saved run file spells out where nothing was asked for."""
+    schedule, optimizer = run.train.schedule, run.train.optimizer.kind
+    curved = schedule.kind not in ("constant", Schedule().kind) or schedule.floor
+    if not curved or not optimizer.endswith("schedule_free"):
+        return None
+    return f"{optimizer} averages the weights instead of lowering the rate; of train.schedule it takes the warmup alone, leave the rest out"
+
+
 @_check("train.rates")
 def rates_say_something(run: RunConfig) -> str | None:
     """A group of rates sets at least one."""
@@ -213,6 +223,7 @@ CHECKS = (
     patience_needs_evaluation,
     optimizer_uses_its_keys,
     schedule_uses_its_keys,
+    schedule_free_has_no_curve,
     rates_say_something,
     output_is_its_own,
 )

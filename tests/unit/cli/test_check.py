@@ -73,6 +73,7 @@ def files(folder: Path) -> dict[str, bytes]:
         (GOOD, ["data.streaming=true"], ["data.streaming", "train.steps or train.tokens"]),
         (GOOD, ["data.train={path: rows.jsonl, format: sharegtp}"], ["sharegtp", "did you mean 'sharegpt'"]),
         (GOOD, ["model.chat_template=./none.jinja"], ["nothing at './none.jinja'"]),
+        (GOOD, ["train.optimizer=adamw_schedule_free", "train.schedule=wsd"], ["averages the weights", "leave the rest out"]),
         (GOOD, ["adapter.rank=0", "train.seed=x", "trian.epochs=1"], ["adapter.rank", "train.seed", "did you mean 'train'"]),
     ],
 )

@@ -35,6 +35,8 @@ Message = Callable[..., str]
         ("optimizer_uses_its_keys", ["train.optimizer={kind: sgd, betas: [0.9, 0.99], eps: 1e-6}"], "command line: train.optimizer: the optimizer sgd has no betas and eps; leave them out"),
         ("schedule_uses_its_keys", ["train.schedule={kind: linear, power: 2}"], "command line: train.schedule: the schedule linear has no power; leave it out"),
         ("schedule_uses_its_keys", ["train.schedule={kind: constant, floor: 0.1}"], "the schedule constant has no floor; leave it out"),
+        ("schedule_free_has_no_curve", ["train.optimizer=adamw_schedule_free", "train.schedule=linear"], "command line: train.schedule: adamw_schedule_free averages the weights instead of lowering the rate; of train.schedule it takes the warmup alone, leave the rest out"),
+        ("schedule_free_has_no_curve", ["train.optimizer=adamw_schedule_free", "train.schedule={kind: cosine, floor: 0.1}"], "it takes the warmup alone, leave the rest out"),
         ("rates_say_something", ["train.rates=[{match: lm_head}]"], "command line: train.rates: the group 'lm_head' of train.rates sets neither learning_rate nor weight_decay"),
         ("output_is_its_own", ["model=./model", "output=model"], "command line: output is also the model; a run needs a folder of its own"),
     ],
@@ -60,6 +62,8 @@ def test_contradictions(fault: Message, folder: Path, check: str, overrides: lis
         ["train.schedule={kind: wsd, decay: 0.1, floor: 0.1}"],
         ["train.schedule={kind: polynomial, power: 2}"],
         ["data.train={path: rows.jsonl, limit: 5, sample: true}"],
+        ["train.optimizer=adamw_schedule_free"],
+        ["train.optimizer=adamw_schedule_free", "train.schedule={kind: constant, warmup: 0.1}"],
     ],
 )
 def test_sensible_runs_pass(load: Load, overrides: list[str]) -> None:
