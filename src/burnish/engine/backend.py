@@ -6,6 +6,7 @@ A single process pays nothing: every collective returns its argument.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -157,7 +158,7 @@ class Backend:
             dist.barrier()
 
     def trackers(self, kinds: Sequence[str], *, name: str, folder: Path, config: Mapping[str, Any]) -> Trackers:
-        """Starts the trackers of `track` (those besides `csv`, which is always written).
+        """Starts the trackers of `track` (those besides `csv`, which is always written); the run is called `name` in them.
 
         Raises:
             DependencyError: a tracker's package is not installed, or it refuses to start. Nothing has been trained by then.
@@ -240,10 +241,20 @@ def _has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
+PROJECT = "burnish"
+"""What trackers file runs under, where the environment names no project; a run goes by the name of its folder."""
+
+
 def _start(kind: str, name: str, folder: Path, config: dict[str, Any]) -> GeneralTracker:
-    kind_of = LOGGER_TYPE_TO_CLASS[kind]
+    options: dict[str, tuple[str, dict[str, Any]]] = {
+        "tensorboard": ("tensorboard", {"logging_dir": folder}),  # the name of a folder in the run folder
+        "wandb": (os.environ.get("WANDB_PROJECT", PROJECT), {"name": name}),
+        "mlflow": (PROJECT, {"run_name": name}),  # accelerate looks at MLFLOW_EXPERIMENT_NAME
+        "trackio": (os.environ.get("TRACKIO_PROJECT", PROJECT), {"name": name}),
+    }
+    project, more = options[kind]
     try:
-        tracker = kind_of(name, folder) if kind_of.requires_logging_directory else kind_of(name)
+        tracker = LOGGER_TYPE_TO_CLASS[kind](project, **more)
         tracker.start()
         tracker.store_init_configuration(config)
     except Exception as error:  # a missing key, no network: said before training starts, in one sentence
@@ -258,5 +269,5 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
     return flat

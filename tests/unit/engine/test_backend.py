@@ -111,9 +111,47 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path):
     for step in (1, 2):
         trackers.log({"loss": 1.0 / step}, step=step)
     trackers.close()
-    events = EventAccumulator(str(tmp_path / "run"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "environment", "project"),
+    [
+        ("wandb", {}, "burnish"),
+        ("wandb", {"WANDB_PROJECT": "mine"}, "mine"),
+        ("trackio", {}, "burnish"),
+        ("trackio", {"TRACKIO_PROJECT": "mine"}, "mine"),
+        ("mlflow", {}, "burnish"),
+    ],
+)
+def test_runs_of_one_project_are_told_apart_by_their_folders(
+    kind: str, environment: dict[str, str], project: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    started: list[tuple[str, dict[str, object]]] = []
+    stored: list[dict[str, object]] = []
+
+    class Recorder:
+        def __init__(self, project: str, **options: object) -> None:
+            started.append((project, options))
+
+        def start(self) -> None:
+            pass
+
+        def store_init_configuration(self, values: dict[str, object]) -> None:
+            stored.append(values)
+
+    for name in ("WANDB_PROJECT", "TRACKIO_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(module.LOGGER_TYPE_TO_CLASS, kind, Recorder)
+    config = {"data": {"train": [{"path": "rows.jsonl"}]}, "train": {"seed": 42}}
+    Backend(precision="float32", cpu=True).trackers([kind], name="first", folder=tmp_path, config=config)
+    assert started == [(project, {"run_name" if kind == "mlflow" else "name": "first"})]
+    assert stored == [{"data.train": '[{"path": "rows.jsonl"}]', "train.seed": 42}]
 
 
 class Broken:
