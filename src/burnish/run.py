@@ -230,8 +230,9 @@ class Run:
         info(self._announcement())
         if (optimizer := self.config.train.optimizer.kind).endswith("schedule_free"):
             info(f"{optimizer}: the rate stays constant after the warm-up, whatever train.schedule says; the weights are averaged instead")
-        self.open()
+        # Before the run folder is made: a tracker without its key is wrong input, which leaves nothing behind.
         job.trackers = self.backend.trackers(self.config.track, name=self.folder.name, folder=self.folder, config=resolved(self.config))
+        self.open()
         try:
             outcome = loop.train(job)
         except Interrupted:

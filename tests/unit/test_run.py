@@ -69,6 +69,18 @@ def test_schedule_free_says_that_the_schedule_is_not_followed(train: Train) -> N
     assert rates[-1] == max(rates)
 
 
+def test_a_tracker_that_cannot_start_leaves_no_run_folder(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Locked:
+        def __init__(self, project: str, **options: object) -> None:
+            raise RuntimeError("no API key")
+
+    monkeypatch.setattr("burnish.engine.backend.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("burnish.engine.backend.LOGGER_TYPE_TO_CLASS", {"wandb": Locked})
+    code, said = train("track=[wandb]")
+    assert code == 2 and "the tracker 'wandb' could not start: no API key" in said
+    assert not Path("runs").exists()
+
+
 class TestInterrupted:
     def test_it_leaves_a_report_that_says_so(self, run_file: Path) -> None:
         with pytest.raises(Interrupted, match="after step 2 of 3"):
