@@ -28,12 +28,13 @@ ON_SCREEN, IN_PAGE = 3, 25  # rows shown
 GLANCE = 1000  # rows read of a stream, which may have no end
 
 
-def main(file: Path, overrides: Sequence[str], *, row: int | None, html: Path | None, as_json: bool) -> None:
+def main(file: Path, overrides: Sequence[str], *, row: str | None, html: Path | None, as_json: bool) -> None:
     """Shows the account of a run's data, or one row of it.
 
     Raises:
         BurnishError: the run file or the data is wrong, or the page cannot be written.
     """
+    named, number = (None, 0) if row is None else _place(row)
     loaded = load_run(file, overrides)
     config = loaded.config
     tokenizer = load_tokenizer(config.model)
@@ -41,7 +42,7 @@ def main(file: Path, overrides: Sequence[str], *, row: int | None, html: Path | 
     base = file.resolve().parent
     account: Account | None = None
     if row is not None:
-        rows = [inspect.row_number(config.data, renderer, tokenizer, row, seed=config.train.seed, base=base)]
+        rows = [inspect.row_number(config.data, renderer, tokenizer, number, file=named, seed=config.train.seed, base=base)]
         document = rows[0].to_json()
     else:
         account, rows = _overview(config, renderer, tokenizer, count=IN_PAGE if html else ON_SCREEN, base=base)
@@ -85,11 +86,20 @@ def _glance(config: RunConfig, renderer: RendererLike, tokenizer: Tokenizer, *, 
 
 def _print(account: Account | None, rows: Sequence[Shown]) -> None:
     screen = Console(highlight=False)
-    if account is not None:
-        screen.print(inspect.view(account, rows))
-        return
-    for shown in rows:
-        screen.print(inspect.heading(shown), inspect.coloured(shown), sep="\n", soft_wrap=True)
+    colour = screen.color_system is not None and not screen.no_color
+    screen.print(inspect.view(account, rows, colour=colour), soft_wrap=account is None)
+
+
+def _place(text: str) -> tuple[str | None, int]:
+    """File and number out of `--row`.
+
+    Raises:
+        BurnishError: it is neither `N` nor `FILE:N`.
+    """
+    file, _, number = text.rpartition(":")
+    if not number.isdecimal() or int(number) < 1:
+        raise BurnishError(f"--row takes the number of a row, from 1, or FILE:NUMBER, found '{text}'")
+    return file or None, int(number)
 
 
 def _write(file: Path, text: str) -> None:

@@ -53,7 +53,9 @@ def check(
 def data(
     file: RunFile,
     overrides: Overrides = None,
-    row: Annotated[int | None, typer.Option("--row", help="Show the example made from this row (from 1).")] = None,
+    row: Annotated[
+        str | None, typer.Option("--row", help="Show the example made from this row: N (from 1), or FILE:N of several files.")
+    ] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write the view as a page.")] = None,
     as_json: AsJson = False,
 ) -> None:

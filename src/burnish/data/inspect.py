@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from burnish.config.sections import Data
-from burnish.core.errors import DataError, Where
+from burnish.core.errors import DataError, Where, did_you_mean
 from burnish.data.account import Account, Lengths, share
 from burnish.data.pipeline import Renderer, Task
 from burnish.data.prepare import OpenSet, open_set, pipeline_of
@@ -102,44 +103,83 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     return texts
 
 
-def row_number(data: Data, renderer: Renderer, tokenizer: Tokenizer, number: int, *, seed: int, base: Path = Path()) -> Shown:
+def row_number(
+    data: Data, renderer: Renderer, tokenizer: Tokenizer, number: int, *, seed: int, file: str | None = None, base: Path = Path()
+) -> Shown:
     """The row that `--row` asks for, prepared as for training.
 
-    Rows count from 1 through all sources in turn. With a single source, the number is the one that messages name.
+    Args:
+        data: The section of the run file.
+        renderer: Turns items into tokens.
+        tokenizer: To show them.
+        number: With `file`, the row's number in it, as messages name it. Without, rows count from 1 through all sources in turn, whatever
+            order `data.mix` gives them; where there is one file, that is the same.
+        seed: Of the run, which decides samples and mixing.
+        file: Which file is meant: its path, or the last part of it.
+        base: The run file's folder, for formats in files of the user's own.
 
     Raises:
         DataError: there is no such row, or it cannot be prepared.
     """
     opened = open_set(data.train, seed=seed, base=base)
     pipeline = pipeline_of(data, opened, renderer)
-    task = _find(opened, number)
+    task = _find(opened, number, file)
     origin, where = (task.row.file, task.row.number), task.row.where()
+    remarks = [f"number {number:,} through all files in turn"] if number != task.row.number else []
+    remarks += _mixed(opened, data, seed, task)
     item = pipeline.item(task)
     if item is None:
-        return show([], tokenizer, origin, "empty, left out")
+        return show([], tokenizer, origin, ", ".join([*remarks, "empty, left out"]))
     example = renderer.render(item, where=where)
     try:
         pieces = pipeline.fit(example)
     except DataError as error:
         raise DataError(error.message, where=where, hint=error.hint) from error
-    return show(pieces, tokenizer, origin, _remark(example, pieces))
+    return show(pieces, tokenizer, origin, ", ".join([*remarks, *_remarks(example, pieces)]))
 
 
-def _find(opened: OpenSet, number: int) -> Task:
+def _find(opened: OpenSet, number: int, file: str | None) -> Task:
     count = 0
+    files: list[str] = []
     for place, source in enumerate(opened.sources):
-        first_file: str | None = None
         for row in source.rows():
             count += 1
-            first_file = first_file or row.file
-            named_by_file = len(opened.sources) == 1 and row.file == first_file
+            if not files or files[-1] != row.file:
+                files.append(row.file)
+            if file is not None:
+                if row.number == number and _is_called(row.file, file):
+                    return Task(place, row)
+                continue
+            # Under a split such as train[100:] the number in the file is the one that messages name.
+            named_by_file = len(opened.sources) == 1 and row.file == files[0]
             if number == (row.number if named_by_file else count):
                 return Task(place, row)
+    if file is not None and not any(_is_called(name, file) for name in files):
+        names = list(dict.fromkeys(Path(name).name for name in files))
+        raise DataError(f"there is no file '{file}' among the sources of data.train; {did_you_mean(file, names)}")
+    if file is not None:
+        raise DataError(f"there is no row {number:,}", where=Where(file))
     names = ", ".join(source.name for source in opened.sources)
     raise DataError(f"there is no row {number:,}: {count:,} rows were read", where=Where(names))
 
 
-def _remark(example: Example, pieces: Sequence[Example]) -> str:
+def _is_called(path: str, name: str) -> bool:
+    return path == name or path.endswith(f"/{name}")
+
+
+def _mixed(opened: OpenSet, data: Data, seed: int, task: Task) -> list[str]:
+    """How often `data.mix` takes a row, where it is not once."""
+    if len(opened.sources) == 1 or data.mix in ("proportional", "round_robin"):
+        return []
+    uses = sum(
+        (one.source, one.row.file, one.row.number) == (task.source, task.row.file, task.row.number) for one in opened.tasks(data, seed)
+    )
+    if uses == 1:
+        return []
+    return [f"{uses} times in an epoch by data.mix: {data.mix}"] if uses else [f"not used: data.mix: {data.mix} ends before it"]
+
+
+def _remarks(example: Example, pieces: Sequence[Example]) -> list[str]:
     length, left = len(example.input_ids), sum(len(piece.input_ids) for piece in pieces)
     remarks: list[str] = []
     if not pieces:
@@ -150,10 +190,22 @@ def _remark(example: Example, pieces: Sequence[Example]) -> str:
         remarks.append(f"split into {len(pieces)} pieces")
     if pieces and not any(any(trained_flags(piece)) for piece in pieces):
         remarks.append("fully masked, left out")
-    return ", ".join(remarks)
+    return remarks
 
 
 # -- the terminal -------------------------------------------------------------------------------------------------------------------
+
+
+OPEN, CLOSE = "⟦", "⟧"  # around trained tokens where there is no colour
+
+
+def legend(*, colour: bool) -> Text:
+    """What the marks of a row's text mean."""
+    if colour:
+        return Text.assemble(
+            "trained tokens are ", ("green", "green"), ", context is ", ("dim", "dim"), ", special tokens are ", ("bold", "bold")
+        )
+    return Text(f"trained tokens stand between {OPEN} and {CLOSE}, all others are context")
 
 
 def coloured(shown: Shown) -> Text:
@@ -165,11 +217,20 @@ def coloured(shown: Shown) -> Text:
     return text
 
 
-def view(account: Account, rows: Iterable[Shown]) -> RenderableType:
-    """Account, histogram and rows for the console."""
-    parts: list[RenderableType] = [account.table(), Text(), histogram(account.lengths)]
-    for shown in rows:
-        parts += [Text(), heading(shown), coloured(shown)]
+def bracketed(shown: Shown) -> Text:
+    """The same without colour, for files and pipes: each run of trained tokens stands in brackets."""
+    runs = groupby(zip(visible(shown.tokens), shown.trained, strict=True), key=lambda pair: bool(pair[1]))
+    texts = ((trained, "".join(token for token, _ in run)) for trained, run in runs)
+    return Text("".join(f"{OPEN}{text}{CLOSE}" if trained else text for trained, text in texts), overflow="fold")
+
+
+def view(account: Account | None, rows: Sequence[Shown], *, colour: bool = True) -> RenderableType:
+    """Account (or none), histogram and rows for the console, and what the marks in the rows mean."""
+    parts: list[RenderableType] = [] if account is None else [account.table(), Text(), histogram(account.lengths), Text()]
+    if rows:
+        parts.append(legend(colour=colour))
+    for place, shown in enumerate(rows):
+        parts += [*([Text()] if place or account else []), heading(shown), coloured(shown) if colour else bracketed(shown)]
     return Group(*parts)
 
 

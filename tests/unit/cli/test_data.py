@@ -35,7 +35,7 @@ def test_the_account_as_json(run_file: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_row_as_json(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(run_file, row=3, as_json=True)
+    run(run_file, row="3", as_json=True)
     document = json.loads(capsys.readouterr().out)
     assert list(document) == ["ids", "trained", "tokens"]
     assert "".join(t for t, flag in zip(document["tokens"], document["trained"], strict=True) if flag) == "Answer 2<|im_end|>"
@@ -51,7 +51,7 @@ def test_the_account_and_some_rows_on_screen(run_file: Path, capsys: pytest.Capt
 
 
 def test_one_row_on_screen(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(run_file, row=30)
+    run(run_file, row="30")
     out = capsys.readouterr().out
     assert "row 30:" in out
     assert "Answer 29<|im_end|>" in out
@@ -61,18 +61,18 @@ def test_one_row_on_screen(run_file: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_page(run_file: Path) -> None:
     run(run_file, html=Path("out.html"))
     assert Path("out.html").read_text().count("<pre>") == 25
-    run(run_file, html=Path("row.html"), row=1)
+    run(run_file, html=Path("row.html"), row="1")
     assert Path("row.html").read_text().count("<pre>") == 1
 
 
 def test_a_page_that_cannot_be_written(run_file: Path) -> None:
     with pytest.raises(BurnishError, match=r"absent/out.html"):
-        run(run_file, html=Path("absent/out.html"), row=1)
+        run(run_file, html=Path("absent/out.html"), row="1")
 
 
 def test_a_row_that_is_not_there(run_file: Path) -> None:
     with pytest.raises(DataError, match="no row 31"):
-        run(run_file, row=31)
+        run(run_file, row="31")
 
 
 def test_a_stream_is_looked_at_from_its_beginning(
@@ -85,3 +85,41 @@ def test_a_stream_is_looked_at_from_its_beginning(
     assert document["rows"]["read"] == 10
     assert sum(bar[2] for bar in document["lengths"]["histogram"]) == 10
     assert "its first 10 rows" in captured.err
+
+
+def test_without_colour_trained_tokens_stand_in_brackets(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(run_file, row="3")
+    out = capsys.readouterr().out
+    assert "trained tokens stand between ⟦ and ⟧" in out
+    assert "⟦Answer 2<|im_end|>⟧" in out and out.count("⟦") == 2  # once in the legend
+    assert "\x1b" not in out
+
+
+def test_in_colour_there_are_no_brackets(run_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    run(run_file, row="3")
+    out = capsys.readouterr().out
+    assert "⟦" not in out and "\x1b[32m" in out
+    assert "trained tokens are" in out
+
+
+def test_a_row_by_file_and_number(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("more.jsonl").write_text(json.dumps({"prompt": "p ", "completion": "the other file"}) + "\n")
+    both = "data.train=[rows.jsonl, more.jsonl]"
+    run(run_file, both, row="more.jsonl:1")
+    out = capsys.readouterr().out
+    assert "more.jsonl, row 1: " in out and "the other file" in out and "in turn" not in out
+    run(run_file, both, row="31")
+    assert "number 31 through all files in turn" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"no file 'mor.jsonl'.*did you mean 'more.jsonl'"):
+        run(run_file, both, row="mor.jsonl:1")
+    with pytest.raises(DataError, match=r"more.jsonl: there is no row 2"):
+        run(run_file, both, row="more.jsonl:2")
+
+
+@pytest.mark.parametrize("row", ["three", "0", "-1", "rows.jsonl:", ""])
+def test_a_row_that_is_no_number(run_file: Path, row: str) -> None:
+    with pytest.raises(BurnishError, match="FILE:NUMBER"):
+        run(run_file, row=row)

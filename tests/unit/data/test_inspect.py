@@ -138,6 +138,13 @@ class TestRow:
     def test_counts_through_several_sources(self, tokenizer: Any) -> None:
         shown = row(tokenizer, 8, ["a.jsonl", "b.jsonl"])
         assert (shown.file, shown.row) == ("b.jsonl", 1)
+        assert "number 8 through all files in turn" in shown.title
+
+    def test_tells_how_often_a_mix_takes_the_row(self, tokenizer: Any) -> None:
+        both = {"train": ["a.jsonl", "b.jsonl"]}
+        assert re.search(r"\d times in an epoch by data.mix: oversample", row(tokenizer, 8, **both, mix="oversample").title)
+        assert "not used: data.mix: undersample ends before it" in row(tokenizer, 7, **both, mix="undersample").title
+        assert "data.mix" not in row(tokenizer, 8, **both, mix="round_robin").title
 
     def test_goes_by_the_number_in_the_file_where_a_split_cuts_it(self, tokenizer: Any) -> None:
         assert "".join(row(tokenizer, 3, {"path": "a.jsonl", "split": "train[1:]"}).tokens).startswith("q3")
