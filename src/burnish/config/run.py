@@ -150,6 +150,16 @@ def stream_cannot_be_split(run: RunConfig) -> str | None:
     return f"data.eval: {run.data.eval} is a share of rows that data.streaming cannot count; name a data set for it" if share else None
 
 
+@_check("data.eval", "data.train")
+def share_holds_a_row(run: RunConfig) -> str | None:
+    """Where every source has a limit, it is known already that a share of it is less than half a row."""
+    share, limits = run.data.eval, [source.limit for source in run.data.train]
+    if not isinstance(share, float) or run.data.mix == "oversample" or None in limits:
+        return None
+    rows = sum(limit or 0 for limit in limits)
+    return f"data.eval: {share:g} of at most {rows} rows holds out none" if int(share * rows + 0.5) < 1 else None
+
+
 @_check("data.train", "data.eval")
 def sample_needs_limit(run: RunConfig) -> str | None:
     """A sample has a size."""
@@ -219,6 +229,7 @@ CHECKS = (
     lora_plus_needs_adapter,
     stream_needs_length,
     stream_cannot_be_split,
+    share_holds_a_row,
     sample_needs_limit,
     patience_needs_evaluation,
     optimizer_uses_its_keys,

@@ -164,9 +164,10 @@ def hold_out(store: Store, fraction: float, seed: int) -> tuple[npt.NDArray[np.i
     of_rows = hashes[first_of_row]
     wanted = int(fraction * len(of_rows) + 0.5)
     if wanted < 1:
+        least = f"Give at least {1 / len(of_rows):.2g}, or" if len(of_rows) > 1 else "Give"
         raise DataError(
-            f"data.eval = {fraction:g} of {len(of_rows):,} rows is less than one row",
-            hint=f"Give at least {1 / len(of_rows):.2g}, or a file of its own for data.eval.",
+            f"data.eval = {fraction:g} of the {len(of_rows):,} {'rows' if len(of_rows) > 1 else 'row'} left after cleaning holds out none",
+            hint=f"{least} a file of its own for data.eval.",
         )
     held_out = hashes <= np.partition(of_rows, wanted - 1)[wanted - 1]
     if held_out.all():

@@ -200,7 +200,10 @@ def test_equal_rows_and_pieces_of_a_row_stay_on_one_side(renderer: Renderer, tok
     assert_balanced(prepared.account, prepared)
 
 
-@pytest.mark.parametrize(("fraction", "count", "message"), [(0.05, 4, "less than one row"), (0.9, 1, "leaves nothing to train on")])
+@pytest.mark.parametrize(
+    ("fraction", "count", "message"),
+    [(0.05, 4, "of the 4 rows left after cleaning holds out none"), (0.9, 1, "leaves nothing to train on")],
+)
 def test_a_fraction_that_empties_one_side_is_an_error(renderer: Renderer, fraction: float, count: int, message: str) -> None:
     write("rows.jsonl", [pair(number) for number in range(count)])
     with pytest.raises(DataError, match=message):
