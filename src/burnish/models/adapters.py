@@ -4,6 +4,7 @@
     save       a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`) that plain PEFT loads to the same logits
     load       a PEFT folder onto a model
     merge      the model with the adapter's update added to its weights
+    projection a linear layer with its adapter, as kernels take it
     disabled   a context in which the model answers as its base
 
 Adapter weights are float32, whatever the base is stored in: updates of one learning rate vanish in bfloat16.
@@ -26,7 +27,8 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,6 +38,7 @@ from typing_extensions import TypeIs
 
 from burnish.config.sections import Adapter
 from burnish.core.errors import AdapterError, Where
+from burnish.kernels.lora import LoraWeights, Projection
 from burnish.models.locate import reading
 from burnish.models.targets import Targets, find_targets, find_whole_modules
 
@@ -170,6 +173,46 @@ def output_weight(model: PreTrainedModel | PeftModel) -> torch.Tensor:
 def is_adapted(model: object) -> TypeIs[PeftModel]:
     """Whether `model` carries an adapter of this module's."""
     return isinstance(model, PeftModel)
+
+
+def is_lora_layer(module: object) -> bool:
+    """Whether `module` is a linear layer with an adapter on it."""
+    return isinstance(module, Linear)
+
+
+def projection(layer: Any) -> Projection | None:
+    """A linear layer as kernels take it, with the adapter that is at work on it at this moment.
+
+    None for everything that they do not compute as the layer itself does: hooks, several adapters at once, merged adapters, other kinds
+    of layers and of adapters.
+    """
+    if not isinstance(layer, Linear):
+        return _plain(layer)
+    base = _plain(layer.get_base_layer())
+    if base is None or layer.merged or _hooked(layer):
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or not active:
+        return base
+    (name, *more) = active
+    variant = type(layer.lora_variant[name]) if name in layer.lora_variant else None
+    if more or layer.fan_in_fan_out or layer.lora_bias.get(name) or variant not in (None, DoraLinearVariant):
+        return None
+    a: Any = layer.lora_A[name]
+    b: Any = layer.lora_B[name]
+    dropout = layer.lora_dropout[name]
+    share = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    magnitude: Any = layer.lora_magnitude_vector[name].weight if variant is DoraLinearVariant else None
+    return Projection(base.weight, base.bias, LoraWeights(a.weight, b.weight, layer.scaling[name], share, magnitude))
+
+
+def _plain(layer: Any) -> Projection | None:
+    """A linear layer that is its weight and bias and nothing else."""
+    return Projection(layer.weight, layer.bias) if type(layer) is nn.Linear and not _hooked(layer) else None
+
+
+def _hooked(layer: nn.Module) -> bool:
+    return any(vars(layer)[kind] for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
 
 
 def find_adapter(path: str) -> Path:

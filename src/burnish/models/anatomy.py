@@ -105,6 +105,14 @@ def probe(anatomy: Anatomy, kind: AttentionKind = "auto") -> Anatomy:
     )
 
 
+def rehearse(anatomy: Anatomy, kind: AttentionKind = "auto") -> torch.Tensor:
+    """Hidden states [T, H] of a dozen tokens in two segments, without gradients and in evaluation mode: what patching compares."""
+    with _calm(anatomy.whole):
+        ids, positions = _side_by_side(*_segments(anatomy, seed=0))
+        packed = Packed(Forest((_LENGTHS[0], sum(_LENGTHS)), (-1, -1)), kind) if anatomy.packed else None
+        return last_hidden(run(anatomy.backbone, ids, positions, packed))
+
+
 def _doubt_head(anatomy: Anatomy) -> str:
     """Why the logits cannot be computed from the hidden states, or nothing."""
     if anatomy.head is None:
