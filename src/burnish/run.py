@@ -51,6 +51,7 @@ from burnish.engine.optim import build_optimizer
 from burnish.engine.report import write_report
 from burnish.engine.resume import identity_of
 from burnish.engine.step import Stepper, StepResult
+from burnish.models.activations import free_memory
 from burnish.models.adapters import attach
 from burnish.models.load import load_model
 from burnish.models.locate import locate
@@ -62,6 +63,10 @@ from burnish.objectives.base import Loss, Objective
 DEFAULT_BATCH_SIZE = 32
 FINISHED = "finished.json"  # in the run folder, of a run whose model is the outcome of all its steps
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+_ROOM = 0.85
+"""Share of the free memory that activations may fill: the rest is for what comes and goes within a layer, and for fragmentation."""
+_BYTES_PER_TRAINED = 12
+"""Gradient and two moments in float32."""
 
 
 class Run:
@@ -78,6 +83,7 @@ class Run:
         self.base = base or Path.cwd()
         self.callbacks = list(callbacks)
         self._batch: Batch | None = None
+        self._activations = "activations: as the run file says"
 
     @classmethod
     def from_file(cls, path: str | Path, *overrides: str, callbacks: Sequence[Callback] = ()) -> Run:
@@ -172,10 +178,21 @@ class Run:
         model = self.config.model
         with busy(f"loading {model.path}", spinner=locate(model.path).kind != "hub"):  # a download has a bar of its own
             policy = build_policy(model, self.config.adapter, self.backend, self.tokenizer)
-        if self.config.train.checkpoint_activations == "on":
-            policy.checkpoint_activations()
+            self._fit_activations(policy)
         policy.noise(getattr(self.config.objective, "neftune_alpha", 0.0))
         return policy
+
+    def _fit_activations(self, policy: Policy) -> None:
+        """Chooses what is kept for the backward pass and what is computed again."""
+        train = self.config.train
+        if train.checkpoint_activations != "auto" or train.offload_activations:
+            on = train.checkpoint_activations != "off"
+            policy.checkpoint_activations(on, tile=train.mlp_tile, offloaded=train.offload_activations)
+            return
+        trained = sum(p.numel() for p in policy.trainable().values())
+        budget = _ROOM * free_memory(self.backend.device) - trained * _BYTES_PER_TRAINED - policy.head_bytes()
+        with self.backend.autocast():
+            self._activations = policy.fit_activations(self.micro_batch_tokens, budget, tile=train.mlp_tile)
 
     @cached_property
     def objective(self) -> Objective:
@@ -192,7 +209,7 @@ class Run:
             policy=self.policy,
             objective=self.objective,
             source=source,
-            optimizer=build_optimizer(self.policy.trainable(), self.config.train),
+            optimizer=build_optimizer(self.policy.trainable(), self.config.train, in_backward=self.config.train.optimizer.in_backward),
             backend=self.backend,
             train=self.config.train,
             folder=self.folder,
@@ -228,6 +245,8 @@ class Run:
         began = time.perf_counter()
         job = self.job
         info(self._announcement())
+        info(self.policy.kernels.line())
+        info(self._activations)
         if (optimizer := self.config.train.optimizer.kind).endswith("schedule_free"):
             info(f"{optimizer}: the rate stays constant after the warm-up, whatever train.schedule says; the weights are averaged instead")
         # Before the run folder is made: a tracker without its key is wrong input, which leaves nothing behind.
@@ -358,7 +377,7 @@ def build_policy(model: Model, adapter: Adapter | None, backend: Backend, tokeni
     trained: nn.Module = whole
     if adapter is not None:
         trained = attach(whole, adapter, new_token_ids=add_tokens(tokenizer, model.new_tokens), revision=model.revision)
-    return Policy(trained, tokenizer, attention=model.attention)
+    return Policy(trained, tokenizer, attention=model.attention, kernels=model.kernels == "auto")
 
 
 def build_objective(config: RunConfig, base: Path) -> Objective:

@@ -11,7 +11,7 @@ from burnish.config.run import RunConfig
 
 PURPOSES: dict[str, str] = {
     "demo": "the embedded model of the quickstart",
-    "quant": "model.quantize (QLoRA), 8-bit and paged optimizers",
+    "quant": "model.quantize (QLoRA), paged optimizers",
     "optim": "optimizer: adamw_schedule_free",
     "tensorboard": "track: [tensorboard]",
     "wandb": "track: [wandb]",
@@ -70,7 +70,7 @@ def needed_by(config: RunConfig) -> list[Part]:
     """The optional parts that a run needs."""
     kind = config.train.optimizer.kind
     needed = {tracker for tracker in config.track if tracker != "csv"}
-    if config.model.quantize != "none" or kind.startswith("paged") or kind.endswith("8bit"):
+    if config.model.quantize != "none" or kind.startswith("paged"):
         needed.add("quant")
     if kind == "adamw_schedule_free":
         needed.add("optim")

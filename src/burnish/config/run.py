@@ -128,6 +128,25 @@ def saved_adapter_keeps_its_shape(run: RunConfig) -> str | None:
     return f"adapter.path goes on from a saved adapter, which brings its own {_and(extra)}; leave {_them(extra)} out" if extra else None
 
 
+@_check("train.optimizer.in_backward", "train.clip")
+def update_in_backward_knows_no_norm(run: RunConfig) -> str | None:
+    """The global gradient norm is known only when the last weight would be updated already."""
+    if not run.train.optimizer.in_backward or run.train.clip is None:
+        return None
+    return "train.optimizer.in_backward updates weights before the norm of all gradients is known; write train.clip: null"
+
+
+@_check("train.offload_activations", "train.checkpoint_activations")
+def offloading_recomputes(run: RunConfig) -> str | None:
+    """What is offloaded is what recomputed layers begin with."""
+    contradiction = run.train.offload_activations and run.train.checkpoint_activations == "off"
+    return (
+        "train.offload_activations keeps only what layers begin with, so it needs train.checkpoint_activations: on"
+        if contradiction
+        else None
+    )
+
+
 @_check("train.lora_plus_ratio", "adapter")
 def lora_plus_needs_adapter(run: RunConfig) -> str | None:
     """LoRA+ is about the adapter's two matrices."""
@@ -227,6 +246,8 @@ CHECKS = (
     init_needs_full_weights,
     saved_adapter_keeps_its_shape,
     lora_plus_needs_adapter,
+    update_in_backward_knows_no_norm,
+    offloading_recomputes,
     stream_needs_length,
     stream_cannot_be_split,
     share_holds_a_row,

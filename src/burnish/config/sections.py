@@ -59,6 +59,8 @@ class Model(Strict):
     """Quantise the frozen base weights (needs an adapter): `nf4` with `adapter: lora` is QLoRA."""
     attention: Literal["auto", "varlen", "sdpa", "eager"] = "auto"
     """How attention is computed. `auto`: varlen flash attention on CUDA, per-segment SDPA elsewhere."""
+    kernels: Annotated[Literal["auto", "off"], BeforeValidator(_on_off)] = "auto"
+    """`auto`: fast modules in place of the model's own wherever they are proven to agree, at load time. `off`: the model's own."""
     chat_template: Annotated[str, Location("template")] | None = None
     """A built-in template's name (`chatml`, `llama3`, `alpaca` ...) or a `.jinja` file. Left out: the model's own."""
     new_tokens: list[Annotated[str, Field(min_length=1), FreeText()]] = Field(default=[])
@@ -183,13 +185,16 @@ class Optimizer(Strict):
     kind: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "muon", "sgd", "adamw_schedule_free"] = (
         "adamw"
     )
-    """The 8-bit and paged ones save memory (extra `quant`); `adamw_schedule_free` needs the extra `optim`."""
+    """`adamw_8bit` keeps its state in a quarter of the memory. Extras: `quant` for the paged ones, `optim` for `adamw_schedule_free`."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] | None = None
     """Default: the optimiser's own (AdamW 0.9, 0.999; Lion 0.9, 0.99)."""
     eps: float = Field(default=1e-8, gt=0)
     """Keeps the division by the gradient's size finite."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """sgd and muon: how much of the last update goes on."""
+    in_backward: bool = False
+    """Update each weight as soon as its gradient is there, so that only one gradient exists at a time.
+    One micro-batch a step, one process, clip: null."""
 
 
 class RateGroup(Strict):
@@ -235,7 +240,13 @@ class Train(Strict):
     precision: FloatType = "auto"
     """Type of the matrix products. `auto` is bfloat16 where the device computes it fast."""
     checkpoint_activations: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_off)] = "auto"
-    """Recompute activations in the backward pass instead of storing them."""
+    """Recompute activations in the backward pass instead of storing them. `auto`: as few as memory asks for, by measurement."""
+    offload_activations: bool = False
+    """Keep what each layer begins with in the host's memory: for very long examples on a GPU. Recomputes all layers."""
+    mlp_tile: int | None = Field(default=None, ge=1)
+    """Compute feed-forwards in pieces of this many tokens, recomputed in the backward pass: for very long examples."""
+    compile: Literal["auto", "off"] = "off"
+    """`auto`: torch.compile each layer, kept only where it is measured to be faster and agrees. Costs up to minutes at the start."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Of the order of the rows, the adapter's initial weights, dropout and noise."""
 

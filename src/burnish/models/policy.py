@@ -12,8 +12,8 @@ only in the whole model. With a frozen router, as under an adapter, it would hav
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeGuard
 
@@ -25,10 +25,16 @@ from burnish.core.log import warn
 from burnish.data.types import Batch
 from burnish.kernels.attention import Forest
 from burnish.kernels.dispatch import AttentionKind
-from burnish.kernels.linear_ce import TokenStats, head_stats, head_stats_module, stats_from_logits
+from burnish.kernels.linear_ce import TokenStats, default_chunk, head_stats, head_stats_module, stats_from_logits
+from burnish.models import activations
 from burnish.models.adapters import disabled, is_adapted
-from burnish.models.anatomy import dissect, probe
+from burnish.models.anatomy import dissect, probe, rehearse
 from burnish.models.forest import Packed, install, last_hidden, run
+from burnish.models.offload import offload, storages
+from burnish.models.patch import KernelReport, patch
+
+_MEASURED = 64
+"""Tokens that activations are measured on."""
 
 
 class Policy:
@@ -39,6 +45,7 @@ class Policy:
         tokenizer: Kept for whoever holds the policy.
         reference: A frozen model to compare with, for full fine-tuning. An adapter needs none: switched off, it is the reference.
         attention: How attention is computed; see kernels/dispatch.py.
+        kernels: Put fast modules in the place of the model's own where they are proven to agree (models/patch.py); `report` says where.
         verify: Probe the model. Without, packing and the head are taken on trust (weights that are not there yet).
 
     Raises:
@@ -52,21 +59,26 @@ class Policy:
         *,
         reference: nn.Module | None = None,
         attention: AttentionKind = "auto",
+        kernels: bool = True,
         verify: bool = True,
     ) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
         self._attention: AttentionKind = attention
-        self._reference = Policy(reference, tokenizer, attention=attention, verify=verify) if reference is not None else None
+        self._reference = (
+            Policy(reference, tokenizer, attention=attention, kernels=kernels, verify=verify) if reference is not None else None
+        )
         self._refer = False
         self._noise = _EmbeddingNoise()
+        self._offloaded: Collection[int] | None = None
         anatomy = dissect(model)
         if verify:
             self.anatomy = probe(anatomy, attention)
-            self._report()
+            self._warn()
         else:
             install(anatomy.whole)
             self.anatomy = replace(anatomy, packed=True)
+        self.kernels = self._patch() if kernels and verify else KernelReport(reason="switched off")
 
     def token_stats(self, batch: Batch, *, want: frozenset[str] = frozenset()) -> TokenStats:
         """Statistics [K] of the batch's targets; `want` names the optional fields to fill.
@@ -141,24 +153,50 @@ class Policy:
         """
         self._noise.attach(self.anatomy.whole.get_input_embeddings(), alpha)
 
-    def checkpoint_activations(self, on: bool = True) -> None:
+    def checkpoint_activations(self, on: bool = True, *, tile: int | None = None, offloaded: bool = False) -> None:
         """Recompute each layer's activations in the backward pass instead of storing them. Works with frozen embeddings.
+
+        Args:
+            on: Whether.
+            tile: Compute feed-forwards in pieces of this many tokens (see models/activations.py).
+            offloaded: Keep the layers' inputs in the host's memory (see models/offload.py).
 
         Raises:
             ModelError: The model's code has no checkpointing.
         """
+        activations.apply(self.anatomy.whole, "layer" if on else "keep", tile=tile)
+        self._offloaded = storages(self.model) if offloaded else None
+
+    def fit_activations(self, tokens: int, budget: float, *, tile: int | None = None) -> str:
+        """Recompute as little as fits, by measurement; see models/activations.py.
+
+        Args:
+            tokens: Tokens computed at once.
+            budget: Bytes that activations may take.
+            tile: As in `checkpoint_activations`.
+
+        Returns:
+            What was decided, in one line. Nothing is recomputed where the model does not let itself be measured.
+        """
         whole = self.anatomy.whole
-        if not on:
-            whole.gradient_checkpointing_disable()
-            return
-        if not whole.supports_gradient_checkpointing:
-            raise ModelError(f"activations of {type(whole).__name__} cannot be checkpointed, expected train.checkpoint_activations: off")
-        whole.gradient_checkpointing_enable({"use_reentrant": False})
+        if not (self.anatomy.packed and whole.supports_gradient_checkpointing and activations.layers_of(whole)):
+            return "activations: all kept"
+        ids = torch.arange(_MEASURED, device=self.device) % self.anatomy.vocabulary
+        packed = Packed(Forest((_MEASURED // 2, _MEASURED), (-1, -1)), self._attention)
+        costs = activations.measure(whole, lambda: run(self.anatomy.backbone, ids, ids % (_MEASURED // 2), packed), _MEASURED)
+        ways = activations.plan(costs, tokens, budget)
+        activations.apply(whole, ways, tile=tile)
+        return activations.describe(costs, ways, tokens, budget)
+
+    def head_bytes(self) -> float:
+        """What the head holds at once: a chunk of logits and of their gradients, in float32."""
+        vocabulary = self.anatomy.vocabulary
+        return 8.0 * vocabulary * default_chunk(vocabulary, self.device)
 
     def _run(self, module: nn.Module, batch: Batch, **options: Any) -> Iterator[tuple[Any, int]]:
         """Calls `module` on the batch: (output, new tokens at its end), once for all segments or once for each with its chain."""
         forest = Forest(batch.doc_ends, batch.parents)
-        with self._noise.over(forest, batch.input_ids.device):
+        with self._noise.over(forest, batch.input_ids.device), self._moving():
             if self.anatomy.packed:
                 yield run(module, batch.input_ids, batch.positions, Packed(forest, self._attention), **options), forest.doc_ends[-1]
                 return
@@ -168,12 +206,19 @@ class Policy:
                 self._noise.only(chain)
                 yield run(module, ids, positions, **options), length
 
+    def _moving(self) -> AbstractContextManager[None]:
+        """Where kept activations go while the model runs."""
+        return nullcontext() if self._offloaded is None else offload(self.device, self._offloaded)
+
     def _own_logits(self, batch: Batch) -> torch.Tensor:
         """[K, V] at the trained positions, from the whole model: for heads that we do not understand."""
         logits = torch.cat([output.logits[0, -length:] for output, length in self._run(self.anatomy.whole, batch)])
         return logits.index_select(0, batch.rows)
 
-    def _report(self) -> None:
+    def _patch(self) -> KernelReport:
+        return patch(self.anatomy.whole, lambda: rehearse(self.anatomy, self._attention))
+
+    def _warn(self) -> None:
         name = type(self.anatomy.whole).__name__
         if not self.anatomy.packed:
             warn(f"{name} is computed one segment at a time, exact but slower: {self.anatomy.doubts[-1]}")

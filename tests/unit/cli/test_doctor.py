@@ -88,7 +88,7 @@ def test_what_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, cap
     [
         ({}, []),
         ({"adapter": "lora", "model": {"path": "a/b", "quantize": "nf4"}}, ["quant"]),
-        ({"train": {"optimizer": "adamw_8bit"}}, ["quant"]),
+        ({"train": {"optimizer": "adamw_8bit"}}, []),
         ({"train": {"optimizer": "paged_adamw"}}, ["quant"]),
         ({"train": {"optimizer": "adamw_schedule_free"}}, ["optim"]),
         ({"track": ["csv", "mlflow"]}, ["mlflow"]),

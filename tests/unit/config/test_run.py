@@ -27,6 +27,8 @@ Message = Callable[..., str]
         ("init_needs_full_weights", ["model.quantize=nf4", "adapter.init=pissa"], "command line: adapter.init: pissa decomposes the base weights, which model.quantize: nf4 does not keep"),
         ("saved_adapter_keeps_its_shape", ["adapter={path: org/saved, rank: 8, targets: mlp}"], "command line: adapter.path goes on from a saved adapter, which brings its own rank and targets; leave them out"),
         ("lora_plus_needs_adapter", ["train.lora_plus_ratio=16"], "command line: train.lora_plus_ratio sets the rate of an adapter's matrices, but there is no adapter"),
+        ("update_in_backward_knows_no_norm", ["train.optimizer={in_backward: true}"], "before the norm of all gradients is known; write train.clip: null"),
+        ("offloading_recomputes", ["train.offload_activations=true", "train.checkpoint_activations=off"], "needs train.checkpoint_activations: on"),
         ("stream_needs_length", ["data.streaming=true"], "command line: data.streaming does not know how long an epoch is; give train.steps or train.tokens instead of epochs"),
         ("stream_cannot_be_split", ["data.streaming=true", "train.steps=5", "data.eval=0.1"], "command line: data.eval: 0.1 is a share of rows that data.streaming cannot count; name a data set for it"),
         ("share_holds_a_row", ["data.train={path: rows.jsonl, limit: 9}", "data.eval=0.05"], "command line: data.eval: 0.05 of at most 9 rows holds out none"),
@@ -65,6 +67,8 @@ def test_contradictions(fault: Message, folder: Path, check: str, overrides: lis
         ["data.train={path: rows.jsonl, limit: 5, sample: true}"],
         ["data.train={path: rows.jsonl, limit: 10}", "data.eval=0.05"],
         ["train.optimizer=adamw_schedule_free"],
+        ["train.optimizer={in_backward: true}", "train.clip=null"],
+        ["train.offload_activations=true"],
         ["train.optimizer=adamw_schedule_free", "train.schedule={kind: constant, warmup: 0.1}"],
     ],
 )
