@@ -133,7 +133,8 @@ def rms_norm_kernels(
     """
     kind = choose(impl, x.device, frozenset({"native", "triton"}))
     types = {x.dtype, out_dtype, *(t.dtype for t in (weight, residual) if t is not None)}
-    if kind == "native" and weight is not None and types <= {torch.float32, torch.bfloat16}:
+    alike = residual is None or residual.dtype is x.dtype
+    if kind == "native" and alike and weight is not None and types <= {torch.float32, torch.bfloat16}:
         native: Any = importlib.import_module("burnish.kernels.native")
         return Kernels(native.rms_norm_forward, native.rms_norm_backward)
     if kind == "triton" and x.shape[-1] <= _LONGEST_TRITON_ROW and types <= {torch.float32, torch.bfloat16, torch.float16}:

@@ -120,7 +120,7 @@ class _Rope(torch.autograd.Function):
         if dq is None or dk is None:  # only one of the two was used
             one = dq if dk is None else dk
             if one is not None:
-                none = one[:, :0]
+                none = one.new_empty(one.shape[0], 0, *one.shape[2:])
                 found = _dense_like(one)
                 ctx.pair(one, none, cos, sin, True, found, none)
                 one = found

@@ -25,7 +25,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
     Path("rows.jsonl").write_text(lines)
     Path("rows.json").write_text(json.dumps(ROWS))
-    Path("rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    Path("rows.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     pq.write_table(pa.Table.from_pylist(ROWS), "rows.parquet")
 
 

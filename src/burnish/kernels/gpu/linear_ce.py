@@ -17,6 +17,9 @@ Sums are in fp32, for logits in bf16, fp16 or fp32. Columns are counted in 32 bi
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
 # (Triton's language has no types: it is Python in looks only.)
 
+# pyright: reportGeneralTypeIssues=false
+# Triton's loops are typed as nothing that can be iterated.
+
 from __future__ import annotations
 
 import torch

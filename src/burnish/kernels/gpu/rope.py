@@ -8,6 +8,9 @@ each product.
 # A kernel's parameters are the compiler's, not Python's: the type checker cannot follow them.
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
+# pyright: reportGeneralTypeIssues=false
+# Triton's loops are typed as nothing that can be iterated.
+
 from __future__ import annotations
 
 import torch
