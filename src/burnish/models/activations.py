@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any, Literal
 
@@ -175,10 +176,8 @@ def _bytes_kept(run: Callable[[], Any], weights: Collection[int]) -> float:
 
 
 def _by_its_own_switch(model: Any, on: bool) -> None:
-    if on:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_disable()
+    """transformers' switch without what its public form adds: gradients of frozen embeddings, which only reentrant checkpoints need."""
+    model._set_gradient_checkpointing(enable=on, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
 
 
 def _wrap(feed_forward: nn.Module, *, recompute: bool, tile: int | None) -> None:
