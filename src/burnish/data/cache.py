@@ -142,7 +142,7 @@ class Store:
         return self._files[int(self.file_numbers[index])], int(self.row_numbers[index])
 
     def _column(self, batches: list[Any], name: str, dtype: type) -> npt.NDArray[Any]:
-        return self._gather([batch.column(name).to_numpy() for batch in batches], dtype)
+        return self._gather([_numpy(batch.column(name)) for batch in batches], dtype)
 
     @staticmethod
     def _gather(parts: list[npt.NDArray[Any]], dtype: type) -> npt.NDArray[Any]:
@@ -213,13 +213,13 @@ class Writer:
             _lists(block.lengths, block.input_ids),
             _lists(block.runs, block.run_lengths),
             _lists(block.runs, block.run_weights),
-            pa.array(block.trained),
-            pa.array(block.weights),
-            pa.array(sources[block.rows]),
-            pa.array(file_of_row[block.rows]),
-            pa.array(numbers[block.rows]),
-            pa.array(turns[block.rows]),
-            pa.array(identities[block.rows]),
+            _array(block.trained),
+            _array(block.weights),
+            _array(sources[block.rows]),
+            _array(file_of_row[block.rows]),
+            _array(numbers[block.rows]),
+            _array(turns[block.rows]),
+            _array(identities[block.rows]),
         ]
         self._waiting.append(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
         self._tokens += len(block.input_ids)
@@ -363,16 +363,28 @@ def _checksum(file: Path) -> int:
     return value
 
 
+def _array(values: npt.NDArray[Any]) -> pa.Array:
+    """The numbers as Arrow sees them, not copied. (`pa.array` and `to_numpy` import pandas, just to look: half a second.)"""
+    values = np.ascontiguousarray(values)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def _numpy(numbers: pa.Array) -> npt.NDArray[Any]:
+    """The same the other way."""
+    dtype = np.dtype(numbers.type.to_pandas_dtype())
+    return np.frombuffer(numbers.buffers()[1], dtype, len(numbers), numbers.offset * dtype.itemsize) if len(numbers) else np.empty(0, dtype)
+
+
 def _lists(lengths: IntArray, values: npt.NDArray[Any]) -> pa.ListArray:
     ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values))
+    return pa.ListArray.from_arrays(_array(ends), _array(values))
 
 
 def _lengths(lists: pa.ListArray) -> npt.NDArray[Any]:
-    return np.diff(lists.offsets.to_numpy())
+    return np.diff(_numpy(lists.offsets))
 
 
 def _views(batch: pa.RecordBatch) -> tuple[npt.NDArray[Any], ...]:
     """Zero-copy views of a record batch: id offsets, ids, run offsets, run lengths, run weights."""
     ids, runs, weights = (batch.column(name) for name in ("input_ids", "run_lengths", "run_weights"))
-    return ids.offsets.to_numpy(), ids.values.to_numpy(), runs.offsets.to_numpy(), runs.values.to_numpy(), weights.values.to_numpy()
+    return tuple(_numpy(part) for part in (ids.offsets, ids.values, runs.offsets, runs.values, weights.values))

@@ -20,7 +20,6 @@ from typing import Any
 import jinja2
 import torch
 
-from burnish.engine.curves import curves_of
 from burnish.engine.metrics import read_lines
 from burnish.engine.progress import short
 
@@ -58,6 +57,8 @@ def write_report(folder: Path, *, stopped: bool = False) -> Path:
         folder: The run folder.
         stopped: The run has been interrupted and may go on, which the page says.
     """
+    from burnish.engine.curves import curves_of  # here: matplotlib is wanted at the end of a run only, not before its first step
+
     steps, evaluations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "eval.jsonl")
     account = _json(folder / "data.json")
     config = _text(folder / "run.yaml")

@@ -69,10 +69,10 @@ def plan(costs: Costs, tokens: int, budget: float) -> list[Way]:
     return ways
 
 
-def describe(costs: Costs, ways: Sequence[Way], tokens: int, budget: float) -> str:
-    """One line for people."""
-    size = f"{tokens * costs.total(ways) / 2**30:.1f} GiB for {tokens} tokens"
-    if not budget >= tokens * costs.total(ways):
+def describe(ways: Sequence[Way], tokens: int, needed: float, budget: float) -> str:
+    """One line for people: what is done with each layer, and the bytes that it needs of those that are free."""
+    size = f"{needed / 2**30:.1f} GiB for {tokens} tokens"
+    if needed > budget:
         size += f", more than the {budget / 2**30:.1f} GiB that are free"
     again = [f"{what} of {ways.count(way)} layers" for way, what in (("mlp", "feed-forwards"), ("layer", "all")) if way in ways]
     return f"activations: {'recomputed are ' + ' and '.join(again) if again else 'all kept'}, {size}"
@@ -124,11 +124,10 @@ def measure(model: Any, run: Callable[[], Any], tokens: int) -> Costs:
         tokens: How many it runs on.
     """
     layers = layers_of(model)
-    weights = storages(model)
     kept: dict[Way, float] = {}
     for way in WAYS:
         apply(model, way)
-        kept[way] = _bytes_kept(run, weights) / tokens
+        kept[way] = kept_bytes(model, run, tokens)
     apply(model, "keep")
     # What is kept outside the layers is the same in every way, and a recomputed layer keeps its input: one hidden state.
     width = model.config.get_text_config(decoder=True).hidden_size
@@ -136,6 +135,11 @@ def measure(model: Any, run: Callable[[], Any], tokens: int) -> Costs:
     outside = max(0.0, kept["layer"] - len(layers) * one)
     per = {way: (kept[way] - outside) / len(layers) for way in WAYS}
     return Costs(per["keep"], per["mlp"], per["layer"], outside, len(layers))
+
+
+def kept_bytes(model: Any, run: Callable[[], Any], tokens: int) -> float:
+    """Bytes per token that autograd keeps as the model is set up now; arguments as for `measure`."""
+    return _bytes_kept(run, storages(model)) / tokens
 
 
 def free_memory(device: torch.device) -> float:

@@ -27,8 +27,6 @@ from transformers import (
 
 from burnish.config.sections import Model
 from burnish.core.errors import ConfigError, DependencyError, ModelError, Where
-from burnish.models.gguf import GGUFFile
-from burnish.models.gguf_weights import read_config, read_weights
 from burnish.models.locate import Location, locate, reading, require_hub
 from burnish.models.quiet import quiet
 
@@ -123,6 +121,9 @@ def _load(model: Model, place: Location, options: dict[str, Any], attention: str
 
 
 def _from_gguf(model: Model, place: Location, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    from burnish.models.gguf import GGUFFile  # here: the gguf package takes its time, and most models come otherwise
+    from burnish.models.gguf_weights import read_config, read_weights
+
     file = GGUFFile(place.path)
     config = read_config(file)
     weights = read_weights(file, config, options["dtype"])

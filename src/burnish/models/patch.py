@@ -40,6 +40,10 @@ In double precision it is the models' own norms that are off: they compute in si
 _WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+"""Types of the attributes that are settings of a module."""
+
+
 @dataclass(slots=True)
 class Slot:
     """How many modules of one kind of slot there are, how many are replaced, and why the others are not."""
@@ -140,8 +144,7 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    plain = (bool, int, float, str, type(None))
-    return tuple(sorted((k, repr(v)) for k, v in vars(module).items() if isinstance(v, plain) and k not in ("layer_idx", "training")))
+    return tuple((k, v) for k, v in vars(module).items() if type(v) in _PLAIN and k not in ("layer_idx", "training"))
 
 
 def _firsts(places: list[_Place]) -> list[_Place]:

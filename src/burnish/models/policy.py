@@ -183,10 +183,18 @@ class Policy:
             return "activations: all kept"
         ids = torch.arange(_MEASURED, device=self.device) % self.anatomy.vocabulary
         packed = Packed(Forest((_MEASURED // 2, _MEASURED), (-1, -1)), self._attention)
-        costs = activations.measure(whole, lambda: run(self.anatomy.backbone, ids, ids % (_MEASURED // 2), packed), _MEASURED)
+
+        def rehearsal() -> Any:
+            return run(self.anatomy.backbone, ids, ids % (_MEASURED // 2), packed)
+
+        activations.apply(whole, "keep", tile=tile)
+        needed = tokens * activations.kept_bytes(whole, rehearsal, _MEASURED)
+        if needed <= budget:
+            return activations.describe([], tokens, needed, budget)
+        costs = activations.measure(whole, rehearsal, _MEASURED)
         ways = activations.plan(costs, tokens, budget)
         activations.apply(whole, ways, tile=tile)
-        return activations.describe(costs, ways, tokens, budget)
+        return activations.describe(ways, tokens, tokens * costs.total(ways), budget)
 
     def head_bytes(self) -> float:
         """What the head holds at once: a chunk of logits and of their gradients, in float32."""

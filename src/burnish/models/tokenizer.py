@@ -11,8 +11,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from burnish.config.sections import Model
 from burnish.core.errors import ModelError
 from burnish.data import templates
-from burnish.models.gguf import GGUFFile
-from burnish.models.gguf_tokenizer import build_tokenizer
 from burnish.models.locate import locate, reading, require_hub
 
 
@@ -28,6 +26,9 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
     if place.kind == "hub":
         require_hub(place.path, model.revision)
     if place.kind == "gguf":
+        from burnish.models.gguf import GGUFFile  # here, as in load.py
+        from burnish.models.gguf_tokenizer import build_tokenizer
+
         tokenizer = build_tokenizer(GGUFFile(place.path))
     else:
         tokenizer = read_tokenizer(place.path, revision=model.revision, trust_remote_code=model.trust_remote_code)

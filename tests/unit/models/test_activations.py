@@ -41,8 +41,8 @@ def test_a_recomputed_layer_is_whole_once_more():
 
 
 def test_the_line_says_what_is_done():
-    assert activations.describe(COSTS, ["keep"] * 4, 2**20, 2**40) == "activations: all kept, 0.4 GiB for 1048576 tokens"
-    line = activations.describe(COSTS, ["layer", "mlp", "mlp", "keep"], 2**20, 2**28)
+    assert activations.describe(["keep"] * 4, 2**20, 405.0 * 2**20, 2**40) == "activations: all kept, 0.4 GiB for 1048576 tokens"
+    line = activations.describe(["layer", "mlp", "mlp", "keep"], 2**20, 285.0 * 2**20, 2**28)
     assert line == (
         "activations: recomputed are feed-forwards of 2 layers and all of 1 layers, 0.3 GiB for 1048576 tokens, "
         "more than the 0.2 GiB that are free"
