@@ -84,6 +84,7 @@ class Run:
         self.callbacks = list(callbacks)
         self._batch: Batch | None = None
         self._activations = "activations: as the run file says"
+        self._compiled = ""
 
     @classmethod
     def from_file(cls, path: str | Path, *overrides: str, callbacks: Sequence[Callback] = ()) -> Run:
@@ -179,6 +180,9 @@ class Run:
         with busy(f"loading {model.path}", spinner=locate(model.path).kind != "hub"):  # a download has a bar of its own
             policy = build_policy(model, self.config.adapter, self.backend, self.tokenizer)
             self._fit_activations(policy)
+            if self.config.train.compile == "auto":
+                with self.backend.autocast():
+                    self._compiled = policy.compile_layers(self.micro_batch_tokens)
         policy.noise(getattr(self.config.objective, "neftune_alpha", 0.0))
         return policy
 
@@ -247,6 +251,8 @@ class Run:
         info(self._announcement())
         info(self.policy.kernels.line())
         info(self._activations)
+        if self._compiled:
+            info(self._compiled)
         if (optimizer := self.config.train.optimizer.kind).endswith("schedule_free"):
             info(f"{optimizer}: the rate stays constant after the warm-up, whatever train.schedule says; the weights are averaged instead")
         # Before the run folder is made: a tracker without its key is wrong input, which leaves nothing behind.

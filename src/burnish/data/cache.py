@@ -364,7 +364,7 @@ def _checksum(file: Path) -> int:
 
 
 def _array(values: npt.NDArray[Any]) -> pa.Array:
-    """The numbers as Arrow sees them, not copied. (`pa.array` and `to_numpy` import pandas, just to look: half a second.)"""
+    """The numbers as Arrow sees them, not copied; `pa.array` and `to_numpy` would import pandas, just to look: half a second."""
     values = np.ascontiguousarray(values)
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
 

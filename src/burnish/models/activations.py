@@ -180,7 +180,7 @@ def _bytes_kept(run: Callable[[], Any], weights: Collection[int]) -> float:
 
 
 def _by_its_own_switch(model: Any, on: bool) -> None:
-    """transformers' switch without what its public form adds: gradients of frozen embeddings, which only reentrant checkpoints need."""
+    """Transformers' switch without what its public form adds: gradients of frozen embeddings, which only reentrant checkpoints need."""
     model._set_gradient_checkpointing(enable=on, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
 
 

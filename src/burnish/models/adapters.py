@@ -20,16 +20,12 @@ import json
 import math
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import Linear, LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -39,8 +35,17 @@ from typing_extensions import TypeIs
 from burnish.config.sections import Adapter
 from burnish.core.errors import AdapterError, Where
 from burnish.kernels.lora import LoraWeights, Projection
+from burnish.models.hidden import hidden
 from burnish.models.locate import reading
 from burnish.models.targets import Targets, find_targets, find_whole_modules
+
+# PEFT imports bitsandbytes just to see whether a layer is one of its kinds, which costs the first step a second. It sees it again below,
+# in `_wrap`, where weights are quantised.
+with hidden("bitsandbytes"):
+    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, import_utils, set_peft_model_state_dict
+    from peft.tuners.lora import Linear, LoraLayer
+    from peft.tuners.lora.variants import DoraLinearVariant
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"
@@ -260,7 +265,13 @@ def _wrap(model: PreTrainedModel, config: LoraConfig, *, revision: str | None = 
         with warnings.catch_warnings():
             # PEFT asks a question by a name that transformers has renamed: nothing a user could act on.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            wrapped = get_peft_model(model, config, adapter_name=_NAME, revision=revision)
+            quantized = any(parameter.dtype in _QUANTIZED for parameter in model.parameters())
+            import_utils.is_bnb_available.cache_clear()
+            import_utils.is_bnb_4bit_available.cache_clear()
+            with nullcontext() if quantized else hidden("bitsandbytes"):
+                wrapped = get_peft_model(model, config, adapter_name=_NAME, revision=revision)
+            import_utils.is_bnb_available.cache_clear()
+            import_utils.is_bnb_4bit_available.cache_clear()
     except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
         raise AdapterError(f"the adapter does not fit the model: {str(error).strip().splitlines()[0]}") from error
     assert isinstance(wrapped, PeftModel)

@@ -29,12 +29,15 @@ from burnish.kernels.linear_ce import TokenStats, default_chunk, head_stats, hea
 from burnish.models import activations
 from burnish.models.adapters import disabled, is_adapted
 from burnish.models.anatomy import dissect, probe, rehearse
+from burnish.models.compiled import try_compile
 from burnish.models.forest import Packed, install, last_hidden, run
 from burnish.models.offload import offload, storages
 from burnish.models.patch import KernelReport, patch
 
 _MEASURED = 64
 """Tokens that activations are measured on."""
+_TYPICAL = 256
+"""Tokens of a segment that compiled layers are tried on."""
 
 
 class Policy:
@@ -195,6 +198,18 @@ class Policy:
         ways = activations.plan(costs, tokens, budget)
         activations.apply(whole, ways, tile=tile)
         return activations.describe(ways, tokens, tokens * costs.total(ways), budget)
+
+    def compile_layers(self, tokens: int) -> str:
+        """Compiles the layers where that is faster for `tokens` tokens at once, and agrees; see models/compiled.py. Returns one line."""
+        whole = self.anatomy.whole
+        if not (self.anatomy.packed and whole.supports_gradient_checkpointing and activations.layers_of(whole)):
+            return "compile: not used, the layers of this model are not known"
+        ids = torch.arange(tokens, device=self.device) % self.anatomy.vocabulary
+        ends = tuple(dict.fromkeys((*range(_TYPICAL, tokens, _TYPICAL), tokens)))
+        packed = Packed(Forest(ends, (-1,) * len(ends)), self._attention)
+        self.train()
+        trial = try_compile(whole, lambda: last_hidden(run(self.anatomy.backbone, ids, ids % _TYPICAL, packed)))
+        return trial.line()
 
     def head_bytes(self) -> float:
         """What the head holds at once: a chunk of logits and of their gradients, in float32."""
