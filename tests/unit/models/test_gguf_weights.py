@@ -171,7 +171,7 @@ def test_missing_tensor_is_an_error_not_random_numbers(tmp_path: Path, monkeypat
     path = write_model(tmp_path / "m.gguf", build("llama", vocab_size=VOCABULARY), "llama")
     complete = GGUFFile(path).tensors
     monkeypatch.setattr(
-        "burnish.models.load.read_weights",
+        "burnish.models.gguf_weights.read_weights",
         lambda file, config, dtype: {k: v for k, v in read_weights(file, config, dtype).items() if "layers.1.mlp.up" not in k},
     )
     assert complete
