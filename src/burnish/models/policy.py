@@ -28,7 +28,7 @@ from burnish.kernels.dispatch import AttentionKind
 from burnish.kernels.linear_ce import TokenStats, default_chunk, head_stats, head_stats_module, stats_from_logits
 from burnish.models import activations
 from burnish.models.adapters import disabled, is_adapted
-from burnish.models.anatomy import dissect, probe, rehearse
+from burnish.models.anatomy import alone, dissect, probe, rehearse
 from burnish.models.compiled import try_compile
 from burnish.models.forest import Packed, install, last_hidden, run
 from burnish.models.offload import offload, storages
@@ -75,13 +75,16 @@ class Policy:
         self._noise = _EmbeddingNoise()
         self._offloaded: Collection[int] | None = None
         anatomy = dissect(model)
-        if verify:
-            self.anatomy = probe(anatomy, attention)
-            self._warn()
-        else:
+        self.kernels = KernelReport(reason="switched off")
+        if not verify:
             install(anatomy.whole)
             self.anatomy = replace(anatomy, packed=True)
-        self.kernels = self._patch() if kernels and verify else KernelReport(reason="switched off")
+            return
+        with alone(model):
+            self.anatomy = probe(anatomy, attention)
+            if kernels:
+                self.kernels = self._patch()
+        self._warn()
 
     def token_stats(self, batch: Batch, *, want: frozenset[str] = frozenset()) -> TokenStats:
         """Statistics [K] of the batch's targets; `want` names the optional fields to fill.
@@ -191,10 +194,11 @@ class Policy:
             return run(self.anatomy.backbone, ids, ids % (_MEASURED // 2), packed)
 
         activations.apply(whole, "keep", tile=tile)
-        needed = tokens * activations.kept_bytes(whole, rehearsal, _MEASURED)
-        if needed <= budget:
-            return activations.describe([], tokens, needed, budget)
-        costs = activations.measure(whole, rehearsal, _MEASURED)
+        with alone(self.model):
+            needed = tokens * activations.kept_bytes(whole, rehearsal, _MEASURED)
+            if needed <= budget:
+                return activations.describe([], tokens, needed, budget)
+            costs = activations.measure(whole, rehearsal, _MEASURED)
         ways = activations.plan(costs, tokens, budget)
         activations.apply(whole, ways, tile=tile)
         return activations.describe(ways, tokens, tokens * costs.total(ways), budget)
