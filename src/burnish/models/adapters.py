@@ -5,6 +5,7 @@
     load       a PEFT folder onto a model
     merge      the model with the adapter's update added to its weights
     projection a linear layer with its adapter, as kernels take it
+    experts_of the experts of a mixture with theirs, as kernels take them
     disabled   a context in which the model answers as its base
 
 Adapter weights are float32, whatever the base is stored in: updates of one learning rate vanish in bfloat16.
@@ -21,6 +22,7 @@ import math
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from typing_extensions import TypeIs
 
 from burnish.config.sections import Adapter
 from burnish.core.errors import AdapterError, Where
+from burnish.kernels.experts import ExpertLora
 from burnish.kernels.lora import LoraWeights, Projection
 from burnish.models.hidden import hidden
 from burnish.models.locate import reading
@@ -43,7 +46,7 @@ from burnish.models.targets import Targets, find_targets, find_whole_modules
 # in `_wrap`, where weights are quantised.
 with hidden("bitsandbytes"):
     from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, import_utils, set_peft_model_state_dict
-    from peft.tuners.lora import Linear, LoraLayer
+    from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
     from peft.tuners.lora.variants import DoraLinearVariant
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -214,6 +217,83 @@ def projection(layer: Any) -> Projection | None:
 def _plain(layer: Any) -> Projection | None:
     """A linear layer that is its weight and bias and nothing else."""
     return Projection(layer.weight, layer.bias) if type(layer) is nn.Linear and not _hooked(layer) else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Experts:
+    """The feed-forwards of a mixture of experts.
+
+    Attributes:
+        gate_up: [E, 2 I, H], gate above up.
+        down: [E, H, I].
+        activation: The module between them.
+        lora_gate_up: The adapters on `gate_up`.
+        lora_down: The adapters on `down`.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    activation: nn.Module
+    lora_gate_up: ExpertLora | None
+    lora_down: ExpertLora | None
+
+
+def experts_of(module: Any) -> Experts | None:
+    """A module of experts as kernels take it, with the adapters that are at work on it at this moment.
+
+    PEFT wraps such a module once for each adapted weight, one wrapper in the other; `module` is the outermost.
+
+    None for everything that is not computed as the module itself does: another layout, hooks inside, several adapters at once, merged
+    adapters, other kinds of adapters.
+    """
+    loras: dict[str, ExpertLora | None] = {}
+    inner: Any = module
+    while isinstance(inner, ParamWrapper):
+        name, layer, inner = inner.parameter_name, inner, inner.base_layer
+        active = [] if layer.disable_adapters else [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+        if layer.merged or len(active) > 1 or name not in _EXPERT_WEIGHTS or name in loras or _hooked(inner):
+            return None
+        loras[name] = _expert_lora(layer, active[0]) if active else None
+        if active and loras[name] is None:
+            return None
+    if not _plain_experts(inner):
+        return None
+    gate_up, down = (getattr(inner, name) for name in _EXPERT_WEIGHTS)
+    return Experts(gate_up, down, inner.act_fn, *(loras.get(name) for name in _EXPERT_WEIGHTS))
+
+
+_EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+_EXPERT_LAYOUT = {
+    "has_gate": True,
+    "has_bias": False,
+    "has_post_expert_norm": False,
+    "is_concatenated": True,
+    "is_transposed": False,
+    "_is_expert_parallel": False,
+}
+"""How transformers describes experts that are two products with a gated unit between them."""
+
+
+def _plain_experts(module: Any) -> bool:
+    if any(getattr(module, name, None) is not value for name, value in _EXPERT_LAYOUT.items()) or not hasattr(module, "act_fn"):
+        return False
+    if getattr(type(module)._apply_gate, "__name__", "") != "_default_apply_gate":  # others clamp, scale or interleave
+        return False
+    weights: list[Any] = [getattr(module, name, None) for name in _EXPERT_WEIGHTS]
+    return all(type(w) in (torch.Tensor, nn.Parameter) and w.dtype in _EXPERT_TYPES for w in weights)
+
+
+_EXPERT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _expert_lora(layer: Any, name: str) -> ExpertLora | None:
+    """PEFT keeps the adapters of all experts in two matrices: A [E r, in], expert by expert, and B [out, r E], rank by rank."""
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    dropped = not isinstance(layer.lora_dropout[name], nn.Identity)
+    if dropped or name in layer.lora_variant or layer.lora_bias.get(name) or not layer._did_swap_in_out_features:
+        return None
+    each = a.view(layer.num_experts, -1, a.shape[1]), b.view(b.shape[0], -1, layer.num_experts).permute(2, 0, 1)
+    return ExpertLora(*each, layer.scaling[name])
 
 
 def _hooked(layer: nn.Module) -> bool:

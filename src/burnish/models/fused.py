@@ -7,6 +7,7 @@ a fast module does not know (a cache while decoding, a stranger's adapter) goes 
     norm        kernels.rms_norm
     linear      kernels.lora: base weight and adapter as one node
     mlp         kernels.lora: gate, up, activation and down as one node that keeps no product
+    experts     kernels.experts: the feed-forwards of a mixture, adapters as thin products instead of merged weights
     attention   kernels.lora for the projections of one input together, kernels.rope, then the attention that packing installed
 """
 
@@ -23,12 +24,13 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from burnish.kernels.experts import expert_mlp
 from burnish.kernels.glu import GluKind, glu
 from burnish.kernels.lora import lora_stack
 from burnish.kernels.lora_mlp import lora_mlp
 from burnish.kernels.rms_norm import rms_norm
 from burnish.kernels.rope import rope
-from burnish.models.adapters import is_lora_layer, projection
+from burnish.models.adapters import experts_of, is_lora_layer, projection
 from burnish.models.families import Attention, Family, Gated, Norm
 
 _ACTIVATIONS: dict[str, GluKind] = {
@@ -48,6 +50,8 @@ def replacement(module: nn.Module, family: Family) -> tuple[str, Callable[..., A
         return "attention", partial(attention_forward, family.attention)
     if _has(module, *family.mlp.projections, "down_proj", family.mlp.activation) and _activation(module, family.mlp) is not None:
         return "mlp", partial(mlp_forward, family.mlp)
+    if (experts := experts_of(module)) is not None and _kind_of(experts.activation) is not None:
+        return "experts", experts_forward
     if is_lora_layer(module):
         return "linear", linear_forward
     return None
@@ -81,6 +85,15 @@ def mlp_forward(gated: Gated, module: Any, x: torch.Tensor) -> torch.Tensor:
     (both,) = lora_stack(_flat(x), first)
     gate, up = both.chunk(2, dim=-1)
     return lora_stack(glu(gate, up, kind), [down])[0].view(*x.shape[:-1], -1)
+
+
+def experts_forward(module: Any, hidden_states: torch.Tensor, *routing: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Each token [T, H] through the experts that the router chose for it: `routing` is (index [T, k], weights [T, k])."""
+    experts = experts_of(module)
+    kind = _kind_of(experts.activation) if experts is not None else None
+    if experts is None or kind is None or len(routing) != 2 or options:
+        return type(module).forward(module, hidden_states, *routing, **options)
+    return expert_mlp(hidden_states, *routing, experts.gate_up, experts.down, kind, experts.lora_gate_up, experts.lora_down)
 
 
 def attention_forward(
@@ -150,7 +163,11 @@ def _asked(attention: Attention, module: Any) -> dict[str, Any]:
 
 
 def _activation(module: Any, gated: Gated) -> GluKind | None:
-    return _ACTIVATIONS.get(type(getattr(module, gated.activation)).__name__)
+    return _kind_of(getattr(module, gated.activation))
+
+
+def _kind_of(activation: Any) -> GluKind | None:
+    return _ACTIVATIONS.get(type(activation).__name__)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from burnish.config.sections import Adapter
 from burnish.data.collate import collate
 from burnish.data.types import Example
 from burnish.models import fused, patch
+from burnish.models.adapters import attach, experts_of
 from burnish.models.families import FAMILIES, Norm
 from burnish.models.policy import Policy
 
@@ -25,12 +27,16 @@ MIXTURES = {"mixtral", "qwen3-moe"}
 def adapted(model, **settings):
     """An adapter on every linear layer (in a mixture of experts, on attention), with all its weights at work."""
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if hasattr(model.config, "num_experts_per_tok") else "all-linear"
-    made = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": targets, **settings}))
+    return at_work(get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": targets, **settings})))
+
+
+def at_work(model):
+    """No B is zero."""
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in made.named_parameters():
+    for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.1
-    return made
+    return model
 
 
 def batch(seed=0):
@@ -70,9 +76,94 @@ def test_patched_is_unpatched(family, adapter):
     model = (model if adapter is None else adapted(model, **adapter)).double().train()
     fast, plain = policies(model)
     slots = fast.kernels.slots
-    assert {name for name, slot in slots.items() if slot.replaced} >= SLOTS - ({"mlp"} if family in MIXTURES else set())
+    assert {name for name, slot in slots.items() if slot.replaced} >= (SLOTS - {"mlp"} | {"experts"} if family in MIXTURES else SLOTS)
     assert not [slot.refused for slot in slots.values() if slot.refused], fast.kernels.line()
     assert_same(outcome(fast), outcome(plain), 1e-6)
+
+
+def with_experts(family, targets="all"):
+    """A mixture of experts in fp64 with this library's own adapter, on its experts too."""
+    model = build(family)
+    model.set_experts_implementation("eager")
+    return at_work(attach(model, Adapter(targets=targets, rank=4))).double().train()
+
+
+@pytest.mark.parametrize("family", sorted(MIXTURES))
+@pytest.mark.parametrize(
+    ("targets", "adapters"),
+    [("all", [True, True]), ("mlp", [True, True]), (["gate_up_proj"], [True, False]), (["down_proj"], [False, True])],
+    ids=["all", "mlp", "gate_up", "down"],
+)
+def test_adapted_experts_are_unpatched_experts(family, targets, adapters, monkeypatch):
+    fast, plain = policies(with_experts(family, targets))
+    slot = fast.kernels.slots["experts"]
+    assert (slot.replaced, slot.found) == (2, 2), fast.kernels.line()
+    calls = []
+    right = fused.expert_mlp
+    monkeypatch.setattr(fused, "expert_mlp", lambda *given: calls.append([lora is not None for lora in given[-2:]]) or right(*given))
+    found = outcome(fast)
+    assert calls == [adapters] * 2  # once a layer, adapters and all
+    assert any(".experts." in name for name in found)
+    assert_same(found, outcome(plain), 1e-6)
+
+
+@pytest.mark.parametrize("family", sorted(MIXTURES))
+@pytest.mark.parametrize("half", [True, False])
+def test_grouped_experts_are_proven(family, half):
+    """As they are trained: transformers' grouped products, adapters in fp32. The whole model is no measure: rounding changes its routes."""
+    model = at_work(attach(build(family), Adapter(targets="all", rank=4)))
+    slot = Policy(in_bfloat16(model) if half else model).kernels.slots["experts"]
+    assert model.config._experts_implementation == "grouped_mm"
+    assert (slot.replaced, slot.found) == (2, 2), slot.refused
+
+
+def test_experts_are_computed_as_their_adapters_are_at_this_moment():
+    """Switched off, merged, unmerged, two at once, with a hook inside."""
+    both = fast, plain = policies(with_experts("qwen3-moe"))
+
+    def logprobs(policy):
+        return policy.token_stats(batch()).logprobs.detach()
+
+    first = logprobs(plain)
+    assert_same(outcome(fast), outcome(plain), 1e-6)
+    with fast.reference(), plain.reference():
+        torch.testing.assert_close(logprobs(fast), logprobs(plain))
+        assert not torch.allclose(logprobs(fast), first, rtol=1e-3)
+    for change in ("merge_adapter", "unmerge_adapter"):
+        getattr(fast.model, change)()
+        torch.testing.assert_close(logprobs(fast), first)
+    assert_same(outcome(fast), outcome(plain), 1e-6)
+    for policy in both:
+        torch.manual_seed(0)
+        second = copy.deepcopy(policy.model.peft_config["default"])
+        second.init_lora_weights = False
+        policy.model.add_adapter("other", second)
+        policy.model.double().base_model.set_adapter(["default", "other"])
+    assert_same(outcome(fast), outcome(plain), 1e-6)
+    assert not torch.allclose(logprobs(fast), first, rtol=1e-3)
+    seen = []
+    inner = fast.model.get_base_model().model.layers[0].mlp.experts.get_base_layer()
+    inner.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    for policy in both:
+        policy.model.base_model.set_adapter("default")
+    assert_same(outcome(fast), outcome(plain), 1e-6)
+    assert seen == [(26, 64)]
+
+
+def test_other_layouts_of_experts_are_left_alone():
+    module = build("mixtral").model.layers[0].mlp.experts
+    assert experts_of(module) is not None
+    for name, value in [("is_transposed", True), ("is_concatenated", False), ("has_bias", True), ("_is_expert_parallel", True)]:
+        changed = copy.deepcopy(module)
+        setattr(changed, name, value)
+        assert experts_of(changed) is None, name
+    clamped = copy.deepcopy(module)
+    clamped.__class__ = type("Clamped", (type(module),), {"_apply_gate": lambda self, x: x.chunk(2, dim=-1)[0]})
+    assert experts_of(clamped) is None
+    quantized = copy.deepcopy(module)
+    quantized.down_proj = torch.nn.Parameter(module.down_proj.to(torch.int8), requires_grad=False)
+    assert experts_of(quantized) is None
+    assert experts_of(torch.nn.Linear(2, 2)) is None
 
 
 def test_the_report_is_one_line():
@@ -228,14 +319,19 @@ def test_decoding_gives_the_same_tokens(family):
     assert fast.model.generate(ids, **options).tolist() == plain.model.generate(ids, **options).tolist()
 
 
+def in_bfloat16(model):
+    """All but the adapters."""
+    for name, parameter in model.named_parameters():
+        if "lora" not in name:
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
 def test_half_precision_is_as_near_the_truth(family="llama"):
     """Against the same weights in double precision, patched bfloat16 is not further off than the plain model."""
     model = adapted(build(family))
     truth = outcome(Policy(copy.deepcopy(model).double(), kernels=False))
-    half = copy.deepcopy(model)
-    for name, parameter in half.named_parameters():
-        if "lora" not in name:
-            parameter.data = parameter.data.bfloat16()
+    half = in_bfloat16(copy.deepcopy(model))
     off = {}
     for kernels in (True, False):
         with torch.autocast("cpu", torch.bfloat16):
