@@ -35,15 +35,16 @@ interleaved layouts (gpt-oss) are not computed here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from burnish.kernels.dispatch import Impl
+from burnish.kernels.dispatch import Impl, choose
 from burnish.kernels.glu import KINDS, GluKind, Kernels, glu_kernels, glu_reference
 from burnish.kernels.lora import compute_dtype
 from burnish.kernels.matmul import add_mm_, mm, mm_wide
@@ -93,7 +94,7 @@ def expert_mlp(
         kind: The activation.
         lora_gate_up: Adapters on gate_up: a [E, r, H], b [E, 2 I, r].
         lora_down: Adapters on down: a [E, r, I], b [E, H, r].
-        impl: Who computes the gated product (see `glu.glu`).
+        impl: Who computes what is not a matrix product; types that a fast path does not know are left to torch.
 
     Returns:
         [T, H] in x's type. Inside autocast the products are in autocast's type.
@@ -108,7 +109,7 @@ def expert_mlp(
     plan = Plan(
         kind,
         dtype,
-        glu_kernels(impl, x.new_empty(0, dtype=dtype)),
+        _between(impl, x.new_empty(0, dtype=dtype)),
         takes_grouped_mm(x, dtype, down.shape[1:]),
         tuple(lora.scaling if lora is not None else 0.0 for lora in loras),
     )
@@ -152,13 +153,33 @@ _MULTIPLE = 8
 """Numbers of bf16 in 16 bytes."""
 
 
+class Between(NamedTuple):
+    """One implementation of what stands between the products."""
+
+    glu: Callable[..., torch.Tensor]
+    """As `glu.glu_forward`."""
+    gate_backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
+    """As `gate_backward`, without its first argument."""
+    combine: Callable[..., torch.Tensor]
+    """As `combine`."""
+
+
+def _between(impl: Impl, x: torch.Tensor) -> Between:
+    gated = glu_kernels(impl, x)
+    if choose(impl, x.device, frozenset({"native", "triton"})) == "triton" and x.dtype is not torch.float64:
+        from burnish.kernels.gpu import experts as gpu  # here: triton may not be installed
+
+        return Between(gated.forward, gpu.gate_backward, gpu.combine)
+    return Between(gated.forward, partial(gate_backward, gated), combine)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What the node does, without its tensors."""
 
     kind: GluKind
     compute: torch.dtype
-    glu: Kernels
+    between: Between
     grouped: bool
     scalings: tuple[float, ...]
 
@@ -223,7 +244,7 @@ class _Needs(NamedTuple):
     @property
     def h(self) -> bool:
         """Whether the inputs of the second product are."""
-        return self.weights or self.down or self.c
+        return self.down or self.c
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -247,8 +268,8 @@ class _ExpertMLP(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(plan.compute)
             p, xa = _project(x.index_select(0, way.token), gate_up, _cast(a, b, plan, 0), way)
-            y, hc = _project(plan.glu.forward(*p.chunk(2, dim=-1), plan.kind), down, _cast(c, d, plan, 1), way)
-            out = combine(y, way.place, weights.to(_wide(plan.compute)), ctx.dtype)
+            y, hc = _project(plan.between.glu(*p.chunk(2, dim=-1), plan.kind), down, _cast(c, d, plan, 1), way)
+            out = plan.between.combine(y, way.place, weights.to(_wide(plan.compute)), ctx.dtype)
         kept = (x if needs.rows else None, p, xa if needs.b else None, hc if needs.d else None)
         ctx.save_for_backward(weights, gate_up, down, *adapters, *kept, way.order, way.place, way.offs)
         return out
@@ -266,16 +287,20 @@ class _ExpertMLP(torch.autograd.Function):
             rows = dout.to(plan.compute).index_select(0, way.token)
             lora = _cast(c, d, plan, 1)
             u, g = _back(rows, down, lora, way, needs_dx=needs.dp or needs.weights, needs_g=needs.c)
-            dp, dots, h = _through_gate(u, p, w, plan, needs)
+            dp, dots, h = None, None, None
+            if u is not None:
+                dp, dots, h = plan.between.gate_backward(u, p, w, plan.kind, want_h=needs.h, want_dots=needs.weights)
+            elif needs.h:
+                h = plan.between.glu(*p.chunk(2, dim=-1), plan.kind)
             del u, p
             ddown = _outer(rows, _scaled(h, w), way, down.dtype) if needs.down and h is not None else None
             dc = _outer(_scaled(g, w), h, way, c.dtype, c.shape[1]) if needs.c and g is not None and h is not None else None
             dd = _outer(_scaled(hc, w), rows, way, d.dtype, d.shape[2]).mul_(plan.scalings[1]).mT if needs.d else None
             del rows, h
             dx, dgate_up, da, db = None, None, None, None
-            if dp is not None:
+            if dp is not None and needs.dp:
                 dx, g = _back(dp, gate_up, _cast(a, b, plan, 0), way, needs_dx=needs.x, needs_g=needs.a)
-                dx = combine(dx, place, None, ctx.dtype) if dx is not None else None
+                dx = plan.between.combine(dx, place, None, ctx.dtype) if dx is not None else None
                 rows = x.index_select(0, way.token) if needs.rows else None
                 dgate_up = _outer(dp, rows, way, gate_up.dtype) if needs.gate_up and rows is not None else None
                 da = _outer(g, rows, way, a.dtype, a.shape[1]) if needs.a and g is not None and rows is not None else None
@@ -284,21 +309,29 @@ class _ExpertMLP(torch.autograd.Function):
         return dx, None, dweights, None, dgate_up, ddown, da, db, dc, dd
 
 
-def _through_gate(
-    u: torch.Tensor | None, p: torch.Tensor, w: torch.Tensor, plan: Plan, needs: _Needs
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(dp [S, 2 I], w's gradient [S], h [S, I]) from u, the gradient of h for w = 1; each where it is needed."""
-    gate, up = p.chunk(2, dim=-1)
-    if u is None:
-        return None, None, plan.glu.forward(gate, up, plan.kind) if needs.h else None
-    *halves, h = plan.glu.backward(u, gate, up, plan.kind, needs.h)
-    dots = (u.to(w.dtype) * h).sum(dim=-1) if needs.weights and h is not None else None
-    if not needs.dp:
-        return None, dots, h
+def gate_backward(
+    gated: Kernels, u: torch.Tensor, p: torch.Tensor, w: torch.Tensor, kind: GluKind, *, want_h: bool, want_dots: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Back through h = act(gate) * up, where h counts w. No argument is written to.
+
+    Args:
+        gated: Who computes the gated unit.
+        u: [S, I], the gradient of h for w = 1.
+        p: [S, 2 I], gate and up side by side.
+        w: [S], fp32 (fp64 for fp64).
+        kind: The activation.
+        want_h: Whether to compute h once more.
+        want_dots: Whether to compute w's gradient.
+
+    Returns:
+        (dp [S, 2 I], u . h of each row [S] or None, h [S, I] or None).
+    """
+    *halves, h = gated.backward(u, *p.chunk(2, dim=-1), kind, want_h or want_dots)
+    dots = (u.to(w.dtype) * h).sum(dim=-1) if want_dots and h is not None else None
     dp = torch.empty_like(p)
     for half, place in zip(halves, dp.chunk(2, dim=-1), strict=True):
-        torch.mul(half, w[:, None], out=place)  # w is wider: rounded once, as it is written
-    return dp, dots, h
+        torch.mul(half, w[:, None], out=place)  # w is wider: rounded as it is written
+    return dp, dots, h if want_h else None
 
 
 def combine(y: torch.Tensor, place: torch.Tensor, weights: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
