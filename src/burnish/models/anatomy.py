@@ -204,7 +204,7 @@ def _half_type(model: nn.Module) -> torch.dtype | None:
 
 @contextmanager
 def alone(model: nn.Module) -> Generator[None]:
-    """One CPU thread for work on a dozen tokens of a small model: that takes less time than threads take to meet, above all on a busy machine."""
+    """One CPU thread for a dozen tokens of a small model: that takes less time than threads take to meet, above all on a busy machine."""
     threads = torch.get_num_threads()
     small = sum(parameter.numel() for parameter in model.parameters()) < _SMALL
     if small:

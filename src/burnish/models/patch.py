@@ -129,10 +129,13 @@ def _install(module: nn.Module, forward: Forward) -> None:
 
 
 def _places(model: nn.Module, family: Family) -> Iterator[_Place]:
+    inside: set[nn.Module] = set()
     for _, module in model.named_modules():
-        found = fused.replacement(module, family)
+        found = fused.replacement(module, family) if module not in inside else None
         if found is not None and "forward" not in vars(module):  # somebody else's forward is left alone
             slot, forward = found
+            if slot == "experts":  # PEFT wraps experts once for each adapted weight: the outermost stands for all of them
+                inside.update(module.modules())
             yield _Place(slot, module, forward, (slot, *_kind(module)))
 
 
@@ -229,8 +232,13 @@ def _truth(plain: nn.Module, call: _Call, dtype: torch.dtype) -> dict[str, torch
     if wide is None or any(not p.is_floating_point() for p in plain.parameters()):
         return None
     cast = _Call(_widened(call.inputs, wide), _widened(call.options, wide))
+    made = copy.deepcopy(plain).to(wide)
+    for part in made.modules():
+        config: Any = vars(part).get("config")
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"  # the copy's own config: the grouped product knows no double precision
     with torch.autocast(next(plain.parameters()).device.type, enabled=False):
-        return _outcome(copy.deepcopy(plain).to(wide), cast)
+        return _outcome(made, cast)
 
 
 def _widened(value: Any, dtype: torch.dtype) -> Any:
