@@ -70,7 +70,7 @@ def needed_by(config: RunConfig) -> list[Part]:
     """The optional parts that a run needs."""
     kind = config.train.optimizer.kind
     needed = {tracker for tracker in config.track if tracker != "csv"}
-    if config.model.quantize != "none" or kind.startswith("paged"):
+    if config.model.quantize in ("nf4", "int8") or kind.startswith("paged"):
         needed.add("quant")
     if kind == "adamw_schedule_free":
         needed.add("optim")

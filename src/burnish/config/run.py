@@ -119,6 +119,16 @@ def init_needs_full_weights(run: RunConfig) -> str | None:
     return f"adapter.init: pissa decomposes the base weights, which model.quantize: {run.model.quantize} does not keep"
 
 
+@_check("model.quantize", "adapter.dora", "adapter.init")
+def fp8_is_read_by_nobody_else(run: RunConfig) -> str | None:
+    """DoRA's norms, PiSSA and OLoRA read the base weights, and PEFT does not know ours."""
+    adapter = run.adapter
+    if run.model.quantize != "fp8" or adapter is None or not (adapter.dora or adapter.init in ("pissa", "olora")):
+        return None
+    what = "adapter.dora" if adapter.dora else f"adapter.init: {adapter.init}"
+    return f"{what} reads the base weights, which model.quantize: fp8 does not let it; write model.quantize: nf4, or leave it out"
+
+
 @_check("adapter.path", "adapter")
 def saved_adapter_keeps_its_shape(run: RunConfig) -> str | None:
     """A saved adapter brings its own rank, alpha and targets."""
@@ -246,6 +256,7 @@ CHECKS = (
     init_needs_full_weights,
     saved_adapter_keeps_its_shape,
     lora_plus_needs_adapter,
+    fp8_is_read_by_nobody_else,
     update_in_backward_knows_no_norm,
     offloading_recomputes,
     stream_needs_length,

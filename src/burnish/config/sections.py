@@ -55,8 +55,9 @@ class Model(Strict):
     """Branch, tag or commit of a hub model."""
     dtype: FloatType = "auto"
     """Storage type of the frozen weights. `auto` follows train.precision. Trained weights are always kept in float32."""
-    quantize: Literal["none", "nf4", "int8"] = "none"
-    """Quantise the frozen base weights (needs an adapter): `nf4` with `adapter: lora` is QLoRA."""
+    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Store the frozen base weights small (needs an adapter): `nf4` with `adapter: lora` is QLoRA; `nf4` and `int8` need the extra `quant`.
+    `fp8` halves them: each weight is off by up to a 16th of itself; products run in the compute type."""
     attention: Literal["auto", "varlen", "sdpa", "eager"] = "auto"
     """How attention is computed. `auto`: varlen flash attention on CUDA, per-segment SDPA elsewhere."""
     kernels: Annotated[Literal["auto", "off"], BeforeValidator(_on_off)] = "auto"

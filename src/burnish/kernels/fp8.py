@@ -36,8 +36,13 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class FP8Weight:
     """A frozen [out, in] weight in FP8: a `kernels.matmul.DenseWeight`."""
 
-    def __init__(self, stored: torch.Tensor, scale: torch.Tensor) -> None:
+    def __init__(self, stored: torch.Tensor, scale: torch.Tensor, *, checked: bool = False) -> None:
         """Holds e4m3 [out, in] and fp32 [out].
+
+        Args:
+            stored: What `quantize_fp8` made.
+            scale: Likewise.
+            checked: It comes from there as it is, so it is not looked through for NaN again.
 
         Raises:
             ValueError: types or shapes do not fit, or an element is NaN.
@@ -46,7 +51,7 @@ class FP8Weight:
             raise ValueError(
                 f"expected {FORMAT} [out, in] and a scale [out], found {stored.dtype} {list(stored.shape)}, {list(scale.shape)}"
             )
-        if bool((stored.view(torch.uint8).bitwise_and(127) == 127).any()):
+        if not checked and bool((stored.view(torch.uint8).bitwise_and(127) == 127).any()):
             raise ValueError("the weight holds a NaN")
         self.stored, self.scale = stored, scale
 

@@ -40,6 +40,7 @@ from burnish.kernels.experts import ExpertLora
 from burnish.kernels.lora import LoraWeights, Projection
 from burnish.models.hidden import hidden
 from burnish.models.locate import reading
+from burnish.models.quantized import is_nf4, weight_of
 from burnish.models.targets import Targets, find_targets, find_whole_modules
 
 # PEFT imports bitsandbytes just to see whether a layer is one of its kinds, which costs the first step a second. It sees it again below,
@@ -184,8 +185,8 @@ def is_adapted(model: object) -> TypeIs[PeftModel]:
 
 
 def is_lora_layer(module: object) -> bool:
-    """Whether `module` is a linear layer with an adapter on it."""
-    return isinstance(module, Linear)
+    """Whether `module` is a linear layer with an adapter on it, its weight in NF4 or not quantised by others."""
+    return isinstance(module, Linear) or (isinstance(module, LoraLayer) and is_nf4(module.get_base_layer()))
 
 
 def projection(layer: Any) -> Projection | None:
@@ -194,7 +195,7 @@ def projection(layer: Any) -> Projection | None:
     None for everything that they do not compute as the layer itself does: hooks, several adapters at once, merged adapters, other kinds
     of layers and of adapters.
     """
-    if not isinstance(layer, Linear):
+    if not is_lora_layer(layer):
         return _plain(layer)
     base = _plain(layer.get_base_layer())
     if base is None or layer.merged or _hooked(layer):
@@ -215,8 +216,9 @@ def projection(layer: Any) -> Projection | None:
 
 
 def _plain(layer: Any) -> Projection | None:
-    """A linear layer that is its weight and bias and nothing else."""
-    return Projection(layer.weight, layer.bias) if type(layer) is nn.Linear and not _hooked(layer) else None
+    """A linear layer that is its weight, however stored, and its bias and nothing else."""
+    weight = weight_of(layer)
+    return Projection(weight, layer.bias) if weight is not None and not _hooked(layer) else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -191,10 +191,10 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _tolerance(anatomy: Anatomy, full: float, half: float) -> float:
-    return half if _half_type(anatomy.whole) else full
+    return half if half_type(anatomy.whole) else full
 
 
-def _half_type(model: nn.Module) -> torch.dtype | None:
+def half_type(model: nn.Module) -> torch.dtype | None:
     """The half precision type among the weights; quantised weights (integers) compute in one, too."""
     kinds = {parameter.dtype for parameter in model.parameters()}
     if torch.float16 in kinds:
@@ -224,7 +224,7 @@ def _calm(model: nn.Module) -> Generator[None]:
     """Evaluation without gradients; mixed weights (a half precision base, fp32 adapters) meet under autocast. Modes are put back."""
     modules: list[nn.Module] = list(model.modules())
     training = [module.training for module in modules]
-    half, device = _half_type(model), next(model.parameters()).device.type
+    half, device = half_type(model), next(model.parameters()).device.type
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device, half or torch.bfloat16, enabled=half is not None):

@@ -28,6 +28,7 @@ from transformers import (
 from burnish.config.sections import Model
 from burnish.core.errors import ConfigError, DependencyError, ModelError, Where
 from burnish.models.locate import Location, locate, reading, require_hub
+from burnish.models.quantized import store_fp8
 from burnish.models.quiet import quiet
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,6 +77,8 @@ def load_model(
     loaded.name_or_path = model.path if model.path.startswith("package:") else place.path  # what an adapter records as its base
     _train_padding(loaded)
     _keep_blocks(loaded)
+    if model.quantize == "fp8":
+        store_fp8(loaded)
     if tokenizer is not None:
         fit_vocabulary(loaded, tokenizer, model.new_tokens)
     return loaded
@@ -167,7 +170,7 @@ def _check_whole(files: Iterable[Path]) -> None:
 
 def _quantization(model: Model, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """QLoRA's choices (2305.14314): NF4 blocks, the block scales quantised once more, products in the compute type."""
-    if model.quantize == "none":
+    if model.quantize in ("none", "fp8"):  # FP8 is made after loading
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise DependencyError(f"model.quantize: {model.quantize} needs the package 'bitsandbytes'", hint="pip install 'burnish[quant]'")

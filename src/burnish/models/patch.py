@@ -87,19 +87,21 @@ class _Call:
     options: Mapping[str, Any]
 
 
-def patch(model: Any, rehearse: Callable[[], torch.Tensor]) -> KernelReport:
+def patch(model: Any, rehearse: Callable[[], torch.Tensor], rounding: torch.dtype | None = None) -> KernelReport:
     """Replaces what can be replaced in `model`, a transformers model with or without adapters in it.
 
     Args:
         model: Patched in place, instance by instance.
         rehearse: Runs the model on a few tokens and returns its hidden states [T, H]; called before and after.
+        rounding: The type that it rounds to on the way; default: that of the hidden states.
     """
     family = FAMILIES.get(model.config.get_text_config(decoder=True).model_type)
     if family is None:
         return KernelReport(reason=f"no fast modules for {model.config.model_type}")
     places = list(_places(model, family))
     calls, before = _watch(places, rehearse)
-    allowed = 4 * _distance(_rehearse_otherwise_rounded(model, rehearse), before) + _SLACK.get(before.dtype, 1e-2)
+    rounding = rounding or before.dtype
+    allowed = 4 * _distance(_rehearse_otherwise_rounded(model, rehearse, rounding), before) + _SLACK.get(rounding, 1e-2)
     verdicts = {place.kind: _verdict(place, calls.get(place.kind)) for place in _firsts(places)}
     report = KernelReport()
     for place in places:
@@ -280,12 +282,12 @@ def _hidden_states(inputs: list[Any], options: Mapping[str, Any]) -> torch.Tenso
     return inputs[0] if inputs else options["hidden_states"]
 
 
-def _rehearse_otherwise_rounded(model: Any, rehearse: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _rehearse_otherwise_rounded(model: Any, rehearse: Callable[[], torch.Tensor], rounding: torch.dtype) -> torch.Tensor:
     """The whole model with its embeddings off by their last bit: how far that moves it is what depth makes of rounding."""
     generator = torch.Generator().manual_seed(2)
 
     def nudge(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        epsilon = torch.finfo(output.dtype if output.dtype in _WIDER else torch.float32).eps
+        epsilon = torch.finfo(rounding if rounding in _WIDER else torch.float32).eps
         signs = torch.randint(2, output.shape, generator=generator).to(output) * 2 - 1
         return output * (1 + epsilon * signs)
 

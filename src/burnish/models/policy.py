@@ -28,7 +28,7 @@ from burnish.kernels.dispatch import AttentionKind
 from burnish.kernels.linear_ce import TokenStats, default_chunk, head_stats, head_stats_module, stats_from_logits
 from burnish.models import activations
 from burnish.models.adapters import disabled, is_adapted
-from burnish.models.anatomy import alone, dissect, probe, rehearse
+from burnish.models.anatomy import alone, dissect, half_type, probe, rehearse
 from burnish.models.compiled import try_compile
 from burnish.models.forest import Packed, install, last_hidden, run
 from burnish.models.offload import offload, storages
@@ -243,7 +243,7 @@ class Policy:
         return logits.index_select(0, batch.rows)
 
     def _patch(self) -> KernelReport:
-        return patch(self.anatomy.whole, lambda: rehearse(self.anatomy, self._attention))
+        return patch(self.anatomy.whole, lambda: rehearse(self.anatomy, self._attention), half_type(self.anatomy.whole))
 
     def _warn(self) -> None:
         name = type(self.anatomy.whole).__name__

@@ -27,6 +27,8 @@ Message = Callable[..., str]
         ("init_needs_full_weights", ["model.quantize=nf4", "adapter.init=pissa"], "command line: adapter.init: pissa decomposes the base weights, which model.quantize: nf4 does not keep"),
         ("saved_adapter_keeps_its_shape", ["adapter={path: org/saved, rank: 8, targets: mlp}"], "command line: adapter.path goes on from a saved adapter, which brings its own rank and targets; leave them out"),
         ("lora_plus_needs_adapter", ["train.lora_plus_ratio=16"], "command line: train.lora_plus_ratio sets the rate of an adapter's matrices, but there is no adapter"),
+        ("fp8_is_read_by_nobody_else", ["model.quantize=fp8", "adapter.dora=true"], "adapter.dora reads the base weights, which model.quantize: fp8 does not let it"),
+        ("fp8_is_read_by_nobody_else", ["model.quantize=fp8", "adapter.init=olora"], "adapter.init: olora reads the base weights"),
         ("update_in_backward_knows_no_norm", ["train.optimizer={in_backward: true}"], "before the norm of all gradients is known; write train.clip: null"),
         ("offloading_recomputes", ["train.offload_activations=true", "train.checkpoint_activations=off"], "needs train.checkpoint_activations: on"),
         ("stream_needs_length", ["data.streaming=true"], "command line: data.streaming does not know how long an epoch is; give train.steps or train.tokens instead of epochs"),
@@ -69,6 +71,7 @@ def test_contradictions(fault: Message, folder: Path, check: str, overrides: lis
         ["train.optimizer=adamw_schedule_free"],
         ["train.optimizer={in_backward: true}", "train.clip=null"],
         ["train.offload_activations=true"],
+        ["model.quantize=fp8", "adapter=lora"],
         ["train.optimizer=adamw_schedule_free", "train.schedule={kind: constant, warmup: 0.1}"],
     ],
 )
