@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 
-.PHONY: help install quickstart test check format bench peers parity clean
+.PHONY: help install quickstart test check format bench peers peers-test parity clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -47,6 +47,10 @@ bench: install ## Measure speed on this machine, beside the tools that make peer
 
 peers: ## Make .peers/ with the tools that burnish is compared with
 	bash benchmarks/peers.sh
+
+peers-test: ## Train our models with TRL's own trainer, in TRL's environment
+	bash benchmarks/peers.sh trl
+	OMP_NUM_THREADS=1 .peers/trl/bin/python -m pytest tests/peers
 
 parity: install ## Compare the first 10 steps with TRL
 	bash benchmarks/peers.sh trl

@@ -29,9 +29,26 @@ peer() { # name, packages
   fi
 }
 
+# burnish itself goes in beside the tool: `make peers-test` trains our models with the tool's own loop.
+beside() { # name
+  local home=.peers/$1
+  [ -f "$home/.installed" ] || return
+  [ "$home/.burnish" -nt pyproject.toml ] && return
+  if "$home/bin/python" -m pip install --quiet --constraint constraints.txt --editable . pytest >"$home.log" 2>&1; then
+    touch "$home/.burnish"
+    rm -f "$home.log"
+  else
+    failed+=("$1")
+    echo "$1: burnish was NOT installed beside it, see $home.log"
+  fi
+}
+
 install() {
   case $1 in
-    trl) peer trl "trl==1.16.0" "transformers==5.23.0" "peft==0.21.2" "accelerate==1.15.0" "datasets==5.2.0" ${gpu:+"liger-kernel==0.8.5"} ;;
+    trl)
+      peer trl "trl==1.16.0" "transformers==5.23.0" "peft==0.21.2" "accelerate==1.15.0" "datasets==5.2.0" ${gpu:+"liger-kernel==0.8.5"}
+      beside trl
+      ;;
     # It asks for torchvision and torchaudio, whose builds need CUDA's libraries to be imported at all. Text needs neither.
     llamafactory)
       peer llamafactory "llamafactory==0.9.5" "torchvision==0.28.0" "torchaudio==2.11.0"

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
+import burnish
 from burnish.cli.main import main
 from burnish.core.errors import Interrupted
 from burnish.engine.events import Callback, State
@@ -148,3 +151,35 @@ class TestFinished:
         assert second.train().state.step == 3
         theirs = second.policy.trainable()
         assert all(value.equal(theirs[name]) for name, value in first.policy.trainable().items())
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "keeping"])
+def test_a_loaded_model_computes_the_same_in_the_trainer_of_transformers(tiny_model: Path, checkpointing: bool) -> None:
+    """`burnish.load`: fast modules on or off, three steps of somebody else's loop over padded batches give the same losses."""
+    losses: dict[str, list[float]] = {}
+    for kernels in ("auto", "off"):
+        torch.manual_seed(0)  # the adapter's initial weights
+        policy = burnish.load({"path": str(tiny_model), "kernels": kernels}, adapter={"rank": 4}, precision="float32")
+        assert all(slot.replaced == slot.found > 0 for slot in policy.kernels.slots.values())
+        assert bool(policy.kernels.slots) == (kernels == "auto")
+        before = {name: weight.detach().clone() for name, weight in policy.trainable().items()}
+        texts = [policy.tokenizer(f"the user asks {'again ' * n}").input_ids for n in range(6)]
+        arguments = TrainingArguments(
+            f"runs/{kernels}",
+            max_steps=3,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            gradient_checkpointing=checkpointing,
+        )
+        collate = DataCollatorForLanguageModeling(policy.tokenizer, mlm=False)
+        trainer = Trainer(policy.model, arguments, data_collator=collate, train_dataset=[{"input_ids": ids} for ids in texts])
+        trainer.train()
+        losses[kernels] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert not any(weight.equal(before[name]) for name, weight in policy.trainable().items())
+    assert len(losses["auto"]) == 3 and losses["auto"][-1] < losses["auto"][0]
+    assert losses["auto"] == pytest.approx(losses["off"], rel=1e-4)
