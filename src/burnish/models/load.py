@@ -71,7 +71,7 @@ def load_model(
         "output_loading_info": True,
     }
     place = locate(model.path)
-    with reading(model.path), quiet(progress=place.kind == "hub"):
+    with reading(model.path), quiet(downloads=place.kind == "hub"):
         loaded, report = _load(model, place, options, attention)
     _check_complete(model.path, report)
     loaded.name_or_path = model.path if model.path.startswith("package:") else place.path  # what an adapter records as its base

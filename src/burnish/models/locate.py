@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import importlib.machinery
 import re
-import socket
-import urllib.parse
-import urllib.request
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 
+from burnish.core import hub
 from burnish.core.errors import BurnishError, DependencyError, ModelError
 
 Kind = Literal["folder", "gguf", "hub"]
@@ -64,14 +62,14 @@ def require_hub(name: str, revision: str | None) -> None:
     """Fails at once where a hub model is neither cached nor reachable, instead of after a minute of retries.
 
     Raises:
-        ModelError: when the hub's host name does not resolve, or the offline mode is on, and the model is not in the cache.
+        ModelError: when the hub cannot be reached, or the offline mode is on, and the model is not in the cache.
     """
-    if try_to_load_from_cache(name, "config.json", revision=revision) or try_to_load_from_cache(name, "tokenizer.json", revision=revision):
+    why = hub.silence()
+    if why is None:
         return
-    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname or ""
-    if not constants.HF_HUB_OFFLINE and (urllib.request.getproxies() or _resolves(host)):
+    if any(try_to_load_from_cache(name, file, revision=revision) for file in ("config.json", "tokenizer.json")):
+        hub.note_silence()
         return
-    why = "the hub's offline mode is on" if constants.HF_HUB_OFFLINE else f"'{host}' cannot be reached"
     raise ModelError(
         f"no folder '{name}' here, no model '{name}' in the hub's cache, and {why}",
         hint="Check the path, or download the model where there is a network.",
@@ -93,6 +91,8 @@ def reading(path: str) -> Generator[None]:
     except ImportError as error:
         raise DependencyError(f"the model '{path}' needs a package that is not installed: {_first_line(error)}") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+        if refused := hub.refusal(error, path, "model"):
+            raise ModelError(refused[0], hint=refused[1]) from error
         text = str(error)
         hint = None
         if "trust_remote_code" in text:
@@ -103,14 +103,6 @@ def reading(path: str) -> Generator[None]:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip().rstrip(".")
-
-
-def _resolves(host: str) -> bool:
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return False
-    return True
 
 
 def _file(file: Path) -> Location:

@@ -96,23 +96,24 @@ def test_other_files_and_split_files(tmp_path: Path) -> None:
 
 
 def test_hub_model_that_cannot_be_had_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"no folder 'org/none-such' here, no model .* offline mode is on"):
-        require_hub("org/none-such", None)
-    monkeypatch.setattr(module.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(module.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(module, "_resolves", lambda host: False)
-    with pytest.raises(ModelError, match=r"'huggingface\.co' cannot be reached"):
-        require_hub("org/none-such", None)
+    for why in ("the hub's offline mode is on", "'huggingface.co' cannot be reached"):
+        monkeypatch.setattr(module.hub, "silence", lambda why=why: why)
+        with pytest.raises(ModelError, match=rf"no folder 'org/none-such' here, no model .* and {why}"):
+            require_hub("org/none-such", None)
 
 
 def test_hub_model_is_asked_for_where_there_is_a_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(module.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(module.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(module, "_resolves", lambda host: asked.append(host) is None)
+    monkeypatch.setattr(module.hub, "silence", lambda: None)
     require_hub("org/none-such", None)
-    assert asked == ["huggingface.co"]
+
+
+def test_what_was_downloaded_is_used_where_the_hub_is_silent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    noted: list[int] = []
+    monkeypatch.setattr(module.hub, "silence", lambda: "it is away")
+    monkeypatch.setattr(module.hub, "note_silence", lambda: noted.append(1))
+    monkeypatch.setattr(module, "try_to_load_from_cache", lambda name, file, revision: str(tmp_path) if file == "config.json" else None)
+    require_hub("org/known", None)
+    assert noted == [1]
 
 
 @pytest.mark.parametrize(

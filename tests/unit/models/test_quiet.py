@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging
 
 from burnish.models.quiet import quiet
@@ -15,7 +16,11 @@ def test_silence_ends_with_the_block_even_after_an_error() -> None:
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, bar)
 
 
-def test_downloads_keep_their_bar() -> None:
-    bar = logging.is_progress_bar_enabled()
-    with quiet(progress=True):
-        assert logging.is_progress_bar_enabled() == bar
+def test_downloads_keep_their_bar_and_no_other() -> None:
+    bars = are_progress_bars_disabled()
+    with quiet(downloads=True):
+        assert not logging.is_progress_bar_enabled()
+        assert are_progress_bars_disabled() == bars
+    with quiet():
+        assert are_progress_bars_disabled()
+    assert are_progress_bars_disabled() == bars

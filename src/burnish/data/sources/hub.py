@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from burnish.core import hub
 from burnish.core.errors import BurnishError, SourceError, Where, did_you_mean
 from burnish.data.sources.columnar import pruned
 from burnish.data.sources.row import Row
@@ -63,6 +64,9 @@ def hub_splits(path: str, subset: str | None, revision: str | None, *, streaming
     """
     import datasets
 
+    if hub.silence():
+        hub.note_silence()
+        datasets.logging.set_verbosity_error()  # it would say the same again, at every step
     with _explained(_shown(path, subset)):
         subsets: list[str] = datasets.get_dataset_config_names(path, revision=revision)
         chosen = subset or datasets.get_dataset_default_config_name(path, revision=revision)
@@ -92,6 +96,8 @@ def _explained(shown: str) -> Generator[None]:
     except BurnishError:
         raise
     except Exception as error:  # network libraries raise exceptions of their own
+        if refused := hub.refusal(error, shown, "data set"):
+            raise SourceError(refused[0], hint=refused[1]) from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(
             f"is neither a file here nor a data set that the hub hands out ({reason})",
