@@ -210,6 +210,22 @@ class Account:
             parts.append(Text(f"{self.eval_rows_also_in_train:,} eval rows are also trained on", style="yellow"))
         return Group(*parts)
 
+    def line(self) -> str:
+        """The account in one line: what is trained on, then whatever was lost and why."""
+        rows, tokens = self.rows, self.tokens
+        trained = f"{tokens.trained:,} trained ({share(tokens.trained, tokens.total)})"
+        held_out = rows.eval + (self.evaluation.rows.kept if self.evaluation else 0)
+        parts = [f"{self.examples:,} examples, {tokens.total:,} tokens, {trained}"]
+        parts += [f"{held_out:,} rows held out"] if held_out else []
+        if long := rows.overlong - rows.dropped:
+            cut = f" ({tokens.truncated:,} tokens cut off)" if tokens.truncated else ""
+            parts.append(f"{long:,} rows longer than data.max_length{cut}")
+        masked = "fully masked" + (f" ({rows.masked_by_truncation:,} cut before the answer)" if rows.masked_by_truncation else "")
+        fates = [(rows.dropped, "too long"), (rows.duplicate, "duplicate"), (rows.empty, "empty"), (rows.malformed, "malformed")]
+        if left_out := [f"{count:,} {name}" for count, name in [*fates, (rows.fully_masked, masked)] if count]:
+            parts.append(f"left out: {', '.join(left_out)}")
+        return f"data: {'; '.join(parts)}"
+
     def lines(self) -> list[tuple[str, str, str]]:
         """The account in lines for people: what, how much, a remark. Fates that nothing met are left out."""
         return [*_row_lines(self.rows), *_token_lines(self.tokens), *self._packing_lines()]

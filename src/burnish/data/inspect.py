@@ -245,9 +245,18 @@ def histogram(lengths: Lengths) -> RenderableType:
     table.add_column("length in tokens", justify="right")
     table.add_column("examples", justify="right")
     table.add_column(f"mean {lengths.mean:g}, median {lengths.median:g}, 95 % up to {lengths.p95:g}", style="cyan")
-    for start, end, count in lengths.histogram:
-        table.add_row(f"{start:,} to {end:,}", f"{count:,}", _bar(count, lengths))
+    for start, end, count in _from_shortest(lengths):
+        table.add_row(_span(start, end), f"{count:,}", _bar(count, lengths))
     return table
+
+
+def _from_shortest(lengths: Lengths) -> list[tuple[int, int, int]]:
+    """The histogram without the empty bars before the first example."""
+    return [bar for bar in lengths.histogram if bar[1] >= lengths.min]
+
+
+def _span(start: int, end: int) -> str:
+    return f"{start:,}" if start == end else f"{start:,} to {end:,}"
 
 
 def _bar(count: int, lengths: Lengths) -> str:
@@ -301,9 +310,9 @@ def _account_part(account: Account) -> str:
 def _histogram_part(lengths: Lengths) -> str:
     most = max((count for _, _, count in lengths.histogram), default=1)
     lines = "".join(
-        f'<tr><td class="n">{start:,} to {end:,}</td><td class="n">{count:,}</td>'
+        f'<tr><td class="n">{_span(start, end)}</td><td class="n">{count:,}</td>'
         f'<td class="bar"><i style="width:{100 * count / most:.1f}%"></i></td></tr>'
-        for start, end, count in lengths.histogram
+        for start, end, count in _from_shortest(lengths)
     )
     return f"<table><tr><th>length in tokens</th><th>examples</th><th></th></tr>{lines}</table>"
 

@@ -98,3 +98,19 @@ def test_the_histogram_holds_every_example_once() -> None:
 def test_lengths_of_nothing() -> None:
     assert Lengths.of(np.zeros(0, np.int32)) == Lengths()
     assert Lengths.of([1]).histogram == [(1, 1, 1)]
+
+
+def test_the_line_names_every_loss_and_nothing_else() -> None:
+    whole = Account([SourceAccount("a", "text", Rows(read=2, kept=2), Tokens(1500, 1500, 1000, 500))], examples=2)
+    assert whole.line() == "data: 2 examples, 1,500 tokens, 1,000 trained (66.7%)"
+    assert account().line() == (
+        "data: 3 examples, 15 tokens, 11 trained (73.3%); "
+        "left out: 1 too long, 1 duplicate, 1 malformed, 1 fully masked (1 cut before the answer)"
+    )
+    cut = Rows(read=9, kept=5, eval=1, empty=3, overlong=2)
+    held_out = Account([SourceAccount("b", "text", Rows(read=4, kept=4), Tokens())])
+    some = Account([SourceAccount("a", "text", cut, Tokens(60, 50, 50, truncated=10))], examples=5, evaluation=held_out)
+    assert some.line() == (
+        "data: 5 examples, 50 tokens, 50 trained (100.0%); 5 rows held out; "
+        "2 rows longer than data.max_length (10 tokens cut off); left out: 3 empty"
+    )

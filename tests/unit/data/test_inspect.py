@@ -104,6 +104,14 @@ def test_the_bars_are_as_long_as_the_counts() -> None:
     assert bars == [40, 20, 5]
 
 
+def test_the_bars_begin_with_the_shortest_example() -> None:
+    stream = io.StringIO()
+    Console(file=stream, width=100).print(histogram(Lengths.of([12, 14, 14])))
+    assert [line.split()[:2] for line in stream.getvalue().splitlines()[1:]] == [["12", "1"], ["13", "0"], ["14", "2"]]
+    Console(file=stream, width=100).print(histogram(Lengths.of([12, 20])))
+    assert "11 to 12" in stream.getvalue() and "9 to 10" not in stream.getvalue()
+
+
 def test_the_bars_of_nothing() -> None:
     stream = io.StringIO()
     Console(file=stream, width=100).print(histogram(Lengths()))
