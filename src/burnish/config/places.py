@@ -153,6 +153,11 @@ def _folder(text: str, base: Path) -> str:
     path = Path(text).expanduser().absolute()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"'{path}' is a file, expected a folder")
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigError(f"'{path}' cannot be made: '{there}' is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"'{path}' cannot be written: there is no permission to write in '{there}'")
     return str(path)
 
 

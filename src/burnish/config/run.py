@@ -146,6 +146,14 @@ def update_in_backward_knows_no_norm(run: RunConfig) -> str | None:
     return "train.optimizer.in_backward updates weights before the norm of all gradients is known; write train.clip: null"
 
 
+@_check("train.optimizer.in_backward", "train.precision")
+def update_in_backward_knows_no_overflow(run: RunConfig) -> str | None:
+    """Loss scaling looks at all gradients before the update."""
+    if not run.train.optimizer.in_backward or run.train.precision != "float16":
+        return None
+    return "train.optimizer.in_backward updates weights before float16 gradients are searched for overflow; take another train.precision"
+
+
 @_check("train.offload_activations", "train.checkpoint_activations")
 def offloading_recomputes(run: RunConfig) -> str | None:
     """What is offloaded is what recomputed layers begin with."""
@@ -258,6 +266,7 @@ CHECKS = (
     lora_plus_needs_adapter,
     fp8_is_read_by_nobody_else,
     update_in_backward_knows_no_norm,
+    update_in_backward_knows_no_overflow,
     offloading_recomputes,
     stream_needs_length,
     stream_cannot_be_split,

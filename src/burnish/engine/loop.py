@@ -212,7 +212,7 @@ class _Run:
         self.job.trackers.log({key: value for key, value in line.items() if key != "step"}, step=result.step)
         self.progress.step(line)
         if result.skipped:
-            warn(f"step {result.step} is skipped: its gradient is not finite (norm {result.grad_norm}, loss {result.loss})")
+            warn(f"step {result.step} is skipped: its gradient is not finite (norm {result.grad_norm:.4g}, loss {result.loss:.4f})")
 
     def evaluation_is_due(self) -> bool:
         """By `evaluation.every`."""

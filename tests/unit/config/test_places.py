@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from burnish.config import places
 from burnish.config.load import LoadedRun, parse_run
 from burnish.config.places import redact
 
@@ -139,3 +140,10 @@ def test_python_callers_name_their_base(folder: Path) -> None:
     (folder / "base" / "own.jsonl").write_text("")
     run = parse_run({"model": "a/b", "data": {"train": Path("own.jsonl")}}, base=folder / "base")
     assert run.config.data.train[0].path == str(folder / "base/own.jsonl") and run.path is None
+
+
+def test_a_folder_to_write_into_can_be_made(fault: Message, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert "cannot be made: '" in fault("", "output=rows.jsonl/runs/one") and "is a file" in fault("", "output=rows.jsonl/runs/one")
+    monkeypatch.setattr(places.os, "access", lambda place, mode: str(place) != str(folder))  # a superuser may write anywhere
+    assert f"there is no permission to write in '{folder}'" in fault("", "output=runs/one")

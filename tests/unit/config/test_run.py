@@ -30,6 +30,7 @@ Message = Callable[..., str]
         ("fp8_is_read_by_nobody_else", ["model.quantize=fp8", "adapter.dora=true"], "adapter.dora reads the base weights, which model.quantize: fp8 does not let it"),
         ("fp8_is_read_by_nobody_else", ["model.quantize=fp8", "adapter.init=olora"], "adapter.init: olora reads the base weights"),
         ("update_in_backward_knows_no_norm", ["train.optimizer={in_backward: true}"], "before the norm of all gradients is known; write train.clip: null"),
+        ("update_in_backward_knows_no_overflow", ["train.optimizer={in_backward: true}", "train.clip=null", "train.precision=float16"], "before float16 gradients are searched for overflow; take another train.precision"),
         ("offloading_recomputes", ["train.offload_activations=true", "train.checkpoint_activations=off"], "needs train.checkpoint_activations: on"),
         ("stream_needs_length", ["data.streaming=true"], "command line: data.streaming does not know how long an epoch is; give train.steps or train.tokens instead of epochs"),
         ("stream_cannot_be_split", ["data.streaming=true", "train.steps=5", "data.eval=0.1"], "command line: data.eval: 0.1 is a share of rows that data.streaming cannot count; name a data set for it"),

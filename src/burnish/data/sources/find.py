@@ -50,6 +50,8 @@ def find(path: str, *, split_given: bool = False) -> Found | None:
         return Found({split_of(os.path.basename(local)) or "train": (File.at(local),)}, one_file=True)
     if os.path.isdir(local):
         names = _walk(local)
+        if os.path.isfile(os.path.join(local, "config.json")) and glob.glob(os.path.join(glob.escape(local), "*.safetensors")):
+            raise SourceError("this is the folder of a model, expected data", where=Where(path))
         if not names:
             raise SourceError(f"the folder holds no data file ({', '.join(KINDS)})", where=Where(path))
         return _sorted_into_splits(local, names, split_given=True)

@@ -140,6 +140,14 @@ def test_what_is_not_found(here: Path, path: str, message: str) -> None:
     assert str(caught.value).startswith(message)
 
 
+def test_the_folder_of_a_model_is_no_data(here: Path) -> None:
+    make("model/config.json", "model/tokenizer.json")
+    assert find("model") is not None
+    make("model/model.safetensors")
+    with pytest.raises(SourceError, match="model: this is the folder of a model, expected data"):
+        find("model")
+
+
 def test_rows_of_a_split_come_file_by_file(read: Read) -> None:
     make("data/train-1.jsonl", "data/train-0.jsonl", "data/test.jsonl")
     assert [row["text"] for row in fields(read("data", split="train"))] == ["data/train-0.jsonl", "data/train-1.jsonl"]
