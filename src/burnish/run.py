@@ -44,7 +44,7 @@ from burnish.data.prepare import Prepared, prepare, prepare_eval
 from burnish.data.render import Renderer
 from burnish.data.stream import StreamLoader
 from burnish.data.types import Batch
-from burnish.engine import checkpoint, loop
+from burnish.engine import checkpoint, loop, preflight
 from burnish.engine.backend import Backend, Precision
 from burnish.engine.events import Callback
 from burnish.engine.optim import build_optimizer
@@ -207,6 +207,8 @@ class Run:
     def job(self) -> loop.Job:
         """All of it, as the training loop takes it."""
         source, held_out = self.loader, self.held_out
+        if self.config.train.optimizer.in_backward and isinstance(source, Loader):
+            preflight.refuse_cut_steps(source.tokens_per_step / self.backend.world_size, self.micro_batch_tokens)
         cut = (self.micro_batch_tokens, self.backend.rank, self.backend.world_size)
         passes = partial(eval_batches, held_out, *cut, packing=self.config.data.packing) if held_out is not None else None
         return loop.Job(
@@ -247,8 +249,12 @@ class Run:
         """
         self._refuse_to_overwrite()
         began = time.perf_counter()
+        if not self.config.data.streaming:
+            info(self.account.line())
         job = self.job
-        info(self._announcement())
+        sets = () if self.config.data.streaming else (self.data.train, self.held_out)
+        preflight.look_at_lengths(self.policy.model, sets, self.config.data.max_length)
+        info(preflight.announcement(self.policy, self.backend, self.total_steps))
         info(self.policy.kernels.line())
         info(self._activations)
         if self._compiled:
@@ -317,7 +323,10 @@ class Run:
         """Makes the run folder, with the resolved run file and the account of the data."""
         if not self.backend.is_main:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self.folder} cannot be made: {error.strerror or error}", where=Where(field="output")) from error
         (self.folder / FINISHED).unlink(missing_ok=True)
         (self.folder / "run.yaml").write_text(dump_run(self.config), encoding="utf-8")
         (self.folder / "data.json").write_text(json.dumps(self.account.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -354,15 +363,6 @@ class Run:
                 f"{self.folder} holds a run already, and resume is 'never'",
                 hint="Choose another output folder, or resume: auto to go on with this run.",
             )
-
-    def _announcement(self) -> str:
-        trained = sum(p.numel() for p in self.policy.trainable().values())
-        everything = sum(p.numel() for p in self.policy.model.parameters())
-        dtype = str(self.backend.compute_dtype).removeprefix("torch.")
-        return (
-            f"training {trained / 1e6:.2f} M of {everything / 1e6:.1f} M parameters for {self.total_steps} steps"
-            f" on {self.backend.world_size} x {self.backend.device.type}, {dtype}"
-        )
 
 
 def _dated(config: RunConfig) -> RunConfig:

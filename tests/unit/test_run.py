@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import burnish
 from burnish.cli.main import main
@@ -62,6 +64,43 @@ def test_it_says_what_is_being_loaded(train: Train, tiny_model: Path) -> None:
     code, said = train()
     assert code == 0
     assert said.index(f"loading {tiny_model}") < said.index("training ") < said.index("step 3/3")
+
+
+def test_before_the_first_step_it_says_what_is_trained_on_and_what_was_lost(train: Train) -> None:
+    code, said = train("data.max_length=10")
+    assert code == 0
+    assert "data: 8 examples, 80 tokens, 32 trained (40.0%); 8 rows longer than data.max_length (16 tokens cut off)\n" in said
+    assert "training 4.1k of 32.2k parameters (12.72%) for 3 steps on cpu, in float32\n" in said
+    assert said.index("data: ") < said.index("loading ") < said.index("training ") < said.index("kernels: ") < said.index("activations: ")
+    assert "warning" not in said.lower()
+
+
+def test_examples_beyond_the_positions_of_the_model_are_remarked_on(train: Train, tiny_model: Path) -> None:
+    shutil.copytree(tiny_model, "short")
+    settings = json.loads(Path("short/config.json").read_text()) | {"max_position_embeddings": 10}
+    Path("short/config.json").write_text(json.dumps(settings))
+    code, said = train("model=short")
+    assert code == 0
+    assert "warning: examples have up to 12 tokens, the model was made for 10 (lower data.max_length if that is not meant)" in said
+
+
+def test_examples_beyond_a_table_of_positions_are_an_error(train: Train, tiny_model: Path) -> None:
+    shutil.copytree(tiny_model, "short")
+    GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=10)).save_pretrained("short")
+    code, said = train("model=short")
+    assert code == 2 and "field 'data.max_length': examples have up to 12 tokens, but the model has 10 positions only" in said
+    assert not Path("runs").exists()
+
+
+def test_a_run_folder_that_cannot_be_made(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, **_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    run_folder = Path("runs/one").absolute()
+    original = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda self, *a, **k: refuse(self) if self == run_folder else original(self, *a, **k))
+    code, said = train()
+    assert code == 2 and f"field 'output': {run_folder} cannot be made: Read-only file system" in said
 
 
 def test_schedule_free_says_that_the_schedule_is_not_followed(train: Train) -> None:

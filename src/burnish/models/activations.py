@@ -71,11 +71,12 @@ def plan(costs: Costs, tokens: int, budget: float) -> list[Way]:
 
 def describe(ways: Sequence[Way], tokens: int, needed: float, budget: float) -> str:
     """One line for people: what is done with each layer, and the bytes that it needs of those that are free."""
-    size = f"{needed / 2**30:.1f} GiB for {tokens} tokens"
+    size = f"{needed / 2**30:.1f} GiB for {tokens} tokens at once"
     if needed > budget:
         size += f", more than the {budget / 2**30:.1f} GiB that are free"
     again = [f"{what} of {ways.count(way)} layers" for way, what in (("mlp", "feed-forwards"), ("layer", "all")) if way in ways]
-    return f"activations: {'recomputed are ' + ' and '.join(again) if again else 'all kept'}, {size}"
+    chosen = f"computed again in the backward pass are {' and '.join(again)}" if again else "all kept for the backward pass"
+    return f"activations: {chosen}, {size}"
 
 
 def layers_of(model: Any) -> list[Any]:

@@ -66,7 +66,7 @@ class KernelReport:
             return f"kernels: the model's own ({self.reason})"
         parts = [f"{name} {slot.replaced}/{slot.found}" for name, slot in self.slots.items()]
         why = [f"{name}: {reason}" for name, slot in self.slots.items() for reason in slot.refused]
-        return f"kernels: {', '.join(parts)}" + (f"; refused: {'; '.join(why)}" if why else "")
+        return f"kernels: fast, each proven against the model's own: {', '.join(parts)}" + (f"; refused: {'; '.join(why)}" if why else "")
 
 
 @dataclass(slots=True)

@@ -41,11 +41,12 @@ def test_a_recomputed_layer_is_whole_once_more():
 
 
 def test_the_line_says_what_is_done():
-    assert activations.describe(["keep"] * 4, 2**20, 405.0 * 2**20, 2**40) == "activations: all kept, 0.4 GiB for 1048576 tokens"
+    kept = activations.describe(["keep"] * 4, 2**20, 405.0 * 2**20, 2**40)
+    assert kept == "activations: all kept for the backward pass, 0.4 GiB for 1048576 tokens at once"
     line = activations.describe(["layer", "mlp", "mlp", "keep"], 2**20, 285.0 * 2**20, 2**28)
     assert line == (
-        "activations: recomputed are feed-forwards of 2 layers and all of 1 layers, 0.3 GiB for 1048576 tokens, "
-        "more than the 0.2 GiB that are free"
+        "activations: computed again in the backward pass are feed-forwards of 2 layers and all of 1 layers, "
+        "0.3 GiB for 1048576 tokens at once, more than the 0.2 GiB that are free"
     )
 
 
@@ -98,7 +99,7 @@ def test_what_is_measured_is_what_is_kept():
 def test_a_small_budget_recomputes_and_a_large_one_does_not():
     policy = Policy(adapted(build("llama"))).train()
     stored = outcome(policy)
-    assert policy.fit_activations(2048, 1e12).startswith("activations: all kept")
+    assert policy.fit_activations(2048, 1e12).startswith("activations: all kept for the backward pass, ")
     assert "feed-forwards of 2 layers" in policy.fit_activations(2048, 2048 * 6500.0)
     line = policy.fit_activations(2048, 1.0)
     assert "all of 2 layers" in line

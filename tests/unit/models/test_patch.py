@@ -168,7 +168,7 @@ def test_other_layouts_of_experts_are_left_alone():
 
 def test_the_report_is_one_line():
     fast, plain = policies(build("llama"))
-    assert fast.kernels.line() == "kernels: attention 2/2, mlp 2/2, norm 5/5"
+    assert fast.kernels.line() == "kernels: fast, each proven against the model's own: attention 2/2, mlp 2/2, norm 5/5"
     assert plain.kernels.line() == "kernels: the model's own (switched off)"
     other = Policy(build("gpt2"))
     assert other.kernels.line() == "kernels: the model's own (no fast modules for gpt2)"
