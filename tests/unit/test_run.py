@@ -170,7 +170,16 @@ class TestFinished:
         with Path("rows.jsonl").open("a") as rows:
             rows.write(json.dumps({"prompt": "more ", "completion": "rows"}) + "\n")
         code, said = train()
-        assert code == 2 and "data.fingerprint" in said
+        assert code == 2 and "belongs to a run with other data: the rows have changed" in said and "data.fingerprint" in said
+
+    def test_of_several_sources_the_one_that_changed_is_named(self, train: Train) -> None:
+        shutil.copy("rows.jsonl", "others.jsonl")
+        train("data.train=[rows.jsonl, others.jsonl]")
+        shutil.copy("rows.jsonl", "new.jsonl")
+        code, said = train("data.train=[rows.jsonl, new.jsonl]")
+        where = Path.cwd()
+        assert code == 2
+        assert f"other settings: data.train.1.path was '{where}/others.jsonl', now '{where}/new.jsonl'\n" in said
 
     @pytest.mark.parametrize("spoil", [lambda run: (run / "finished.json").write_text("{"), lambda run: (run / "finished.json").unlink()])
     def test_without_a_whole_marker_the_checkpoint_tells(self, train: Train, spoil: Callable[[Path], object]) -> None:

@@ -46,6 +46,10 @@ def _on_off(value: object) -> object:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _auto_off(value: object) -> object:
+    return "auto" if value is True or value == "on" else "off" if value is False else value
+
+
 class Model(Strict):
     """The model to start from."""
 
@@ -60,7 +64,7 @@ class Model(Strict):
     `fp8` halves them: each weight is off by up to a 16th of itself; products run in the compute type."""
     attention: Literal["auto", "varlen", "sdpa", "eager"] = "auto"
     """How attention is computed. `auto`: varlen flash attention on CUDA, per-segment SDPA elsewhere."""
-    kernels: Annotated[Literal["auto", "off"], BeforeValidator(_on_off)] = "auto"
+    kernels: Annotated[Literal["auto", "off"], BeforeValidator(_auto_off)] = "auto"
     """`auto`: fast modules in place of the model's own wherever they are proven to agree, at load time. `off`: the model's own."""
     chat_template: Annotated[str, Location("template")] | None = None
     """A built-in template's name (`chatml`, `llama3`, `alpaca` ...) or a `.jinja` file. Left out: the model's own."""
@@ -246,7 +250,7 @@ class Train(Strict):
     """Keep what each layer begins with in the host's memory: for very long examples on a GPU. Recomputes all layers."""
     mlp_tile: int | None = Field(default=None, ge=1)
     """Compute feed-forwards in pieces of this many tokens, recomputed in the backward pass: for very long examples."""
-    compile: Literal["auto", "off"] = "off"
+    compile: Annotated[Literal["auto", "off"], BeforeValidator(_auto_off)] = "off"
     """`auto`: torch.compile each layer, kept only where it is measured to be faster and agrees. Costs up to minutes at the start."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Of the order of the rows, the adapter's initial weights, dropout and noise."""

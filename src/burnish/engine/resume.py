@@ -154,13 +154,25 @@ def _restore_rng(found: Checkpoint, backend: Backend) -> None:
     rng.restore(unflatten(found.trainer["rng"], found.rng)[f"rank{backend.rank}"])
 
 
+_FINGERPRINT = "data.fingerprint"
+_LISTED = 3  # this many settings stand in a message
+
+
 def _refuse_another_run(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any], *, strict: bool) -> None:
     # Another version of burnish may have settings that this one has not: then only those that both know are compared.
     keys = then.keys() | now.keys() if strict else then.keys() & now.keys()
     changed = [key for key in sorted(keys) if then.get(key) != now.get(key)]
+    if changed == [_FINGERPRINT]:
+        raise CheckpointError(
+            f"{folder} belongs to a run with other data: the rows have changed, or how they are turned into tokens ({_FINGERPRINT})",
+            hint="put the data back to go on, or choose another output folder",
+        )
     if changed:
-        shown = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed[:3])
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        before, after = ({key: identity.get(key) for key in changed if key != _FINGERPRINT} for identity in (then, now))
+        before, after = _spread(before), _spread(after)
+        places = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+        shown = "; ".join(f"{key} was {before.get(key)!r}, now {after.get(key)!r}" for key in places[:_LISTED])
+        more = f" and {len(places) - _LISTED} more" if len(places) > _LISTED else ""
         raise CheckpointError(
             f"{folder} belongs to a run with other settings: {shown}{more}",
             hint="put the settings back to go on, or choose another output folder",
@@ -171,6 +183,18 @@ def _tell_changed_versions(then: Mapping[str, str]) -> None:
     changed = [f"{name} {then.get(name)} -> {version}" for name, version in versions().items() if then.get(name) != version]
     if changed:
         warn(f"software has changed since the checkpoint, so results may differ in the last digits: {', '.join(changed)}")
+
+
+def _spread(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the entries of lists of sections one by one, as `data.train.0.path`: so that a message names what has changed."""
+    spread: dict[str, Any] = {}
+    for key, value in identity.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            for number, item in enumerate(value):
+                spread |= _dotted(item, f"{key}.{number}.")
+        else:
+            spread[key] = value
+    return spread
 
 
 def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:

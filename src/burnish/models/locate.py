@@ -121,6 +121,10 @@ def _folder(folder: Path) -> Location:
         raise ModelError(f"'{folder}' holds no config.json, but a GGUF file", hint=f"Name the file: {folder / inside[0]}")
     if (folder / "adapter_config.json").is_file():
         raise ModelError(f"'{folder}' is an adapter, expected a whole model", hint="Name it as adapter.path, and its base model as model.")
+    if (folder / "run.yaml").is_file() and (folder / "model").is_dir():
+        adapter = (folder / "model" / "adapter_config.json").is_file()
+        hint = f"Go on from its adapter with adapter.path: {folder / 'model'}" if adapter else f"Name the model in it: {folder / 'model'}"
+        raise ModelError(f"'{folder}' is the folder of a run, expected a model", hint=hint)
     raise ModelError(f"'{folder}' is no model folder: it holds no config.json")
 
 

@@ -96,3 +96,9 @@ def test_checks_speak_of_keys_that_exist() -> None:
 def test_all_sources(load: Load) -> None:
     config = load("", "data.eval=[rows.jsonl]").config
     assert len(sources(config.data)) == 2 and len(sources(load().config.data)) == 1
+
+
+@pytest.mark.parametrize(("written", "meant"), [("true", "auto"), ("on", "auto"), ("false", "off"), ("off", "off"), ("auto", "auto")])
+def test_what_is_automatic_can_be_switched_on_and_off(load: Load, written: str, meant: str) -> None:
+    config = load("", f"model.kernels={written}", f"train.compile={written}").config
+    assert (config.model.kernels, config.train.compile) == (meant, meant)

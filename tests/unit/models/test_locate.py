@@ -79,6 +79,7 @@ def test_package_names_are_plain(name: str) -> None:
     [
         ("x.gguf", "holds no config.json, but a GGUF file"),
         ("adapter_config.json", "is an adapter, expected a whole model"),
+        ("run.yaml", "is no model folder"),
         ("y.txt", "is no model folder"),
     ],
 )
@@ -86,6 +87,16 @@ def test_folders_that_are_no_model(tmp_path: Path, file: str, message: str) -> N
     (tmp_path / file).write_text("")
     with pytest.raises(ModelError, match=message):
         locate(str(tmp_path))
+
+
+@pytest.mark.parametrize(("weights", "advice"), [("adapter_config.json", "adapter.path: "), ("config.json", "Name the model in it: ")])
+def test_the_folder_of_a_run(tmp_path: Path, weights: str, advice: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "run.yaml").write_text("")
+    (tmp_path / "model" / weights).write_text("{}")
+    with pytest.raises(ModelError, match="is the folder of a run, expected a model") as caught:
+        locate(str(tmp_path))
+    assert str(caught.value.hint).endswith(f"{advice}{tmp_path / 'model'}")
 
 
 def test_other_files_and_split_files(tmp_path: Path) -> None:
