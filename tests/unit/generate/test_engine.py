@@ -265,7 +265,7 @@ def test_the_pieces_of_any_byte_level_tokens_are_the_decoded_text(ids: list[int]
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text(max_size=30))
+@given(text=st.text(max_size=30).filter(lambda text: "<|" not in text))  # a special token has no text
 def test_no_piece_ends_in_the_middle_of_a_character(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
     pieces = pieces_of(tokenizer, tokenizer.encode(text, add_special_tokens=False))
     assert "".join(pieces) == text
