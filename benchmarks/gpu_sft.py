@@ -39,7 +39,7 @@ VARIANTS = ("burnish", "plain", "liger", "trl", "unsloth")
 NEEDS = {"liger": "liger_kernel", "trl": "trl", "unsloth": "unsloth"}
 MEMORY, FAILED = 3, 1  # exit codes of a child
 
-Step = Callable[[], torch.Tensor]
+Step = Callable[[], "float | torch.Tensor"]
 """Forward, backward and update of one micro-step; returns the mean loss."""
 
 
@@ -136,6 +136,7 @@ def attempt(task: Task, timeout: float) -> dict[str, Any]:
             return attempt(Task(**{**asdict(task), "checkpoint": True}), timeout)
         if done.returncode == 0:
             line |= json.loads(done.stdout.splitlines()[-1])
+            line["kernels"] = "".join(text for text in done.stderr.splitlines() if text.startswith("kernels: "))
         else:
             last = [text for text in done.stderr.splitlines() if text.strip()][-1:]
             line["failed"] = "out of memory" if done.returncode == MEMORY else "".join(last)
@@ -151,7 +152,7 @@ def show(task: Task, line: dict[str, Any]) -> None:
     rate = line["tokens_per_second"]
     line["mfu"] = useful_flops(SHAPES[task.size], task.length, full=task.mode == "full") * rate["median"] / CARDS["h100"].peak
     numbers = f"{rate['median']:>10,.0f}{rate['min']:>9,.0f}{rate['max']:>9,.0f}{line['mfu']:>8.1%}{line['memory'] / 2**20:>9,.0f}"
-    print(f"{title:26}{numbers}{line['loss']:>9.4f}  {'checkpointed' if task.checkpoint else ''}", flush=True)
+    print(f"{title:26}{numbers}{line['loss']:>9.4f}  {'checkpointed ' if task.checkpoint else ''}{line['kernels']}", flush=True)
 
 
 # One process
@@ -222,28 +223,29 @@ def burnish_step(task: Task) -> Step:
     from burnish.config.sections import Adapter, Train
     from burnish.data.collate import collate
     from burnish.data.types import Example
+    from burnish.engine.backend import Backend
     from burnish.engine.optim import build_optimizer
+    from burnish.engine.step import Stepper
     from burnish.models.adapters import attach
     from burnish.models.policy import Policy
     from burnish.objectives.sft import SFTObjective
 
+    backend = Backend(precision="bfloat16", cpu=task.device.type == "cpu")
     model = random_model(task)
     policy = Policy(attach(model, Adapter(rank=16, alpha=32)) if task.mode == "lora" else model).train()
+    print(policy.kernels.line(), file=sys.stderr)
     if task.checkpoint:
         policy.checkpoint_activations()
-    objective, optimizer = SFTObjective(SFT()), build_optimizer(policy.trainable(), Train(learning_rate=1e-4))
+    objective, train = SFTObjective(SFT()), Train(learning_rate=1e-4)
+    stepper = Stepper(backend, build_optimizer(policy.trainable(), train), policy.trainable(), learning_rate=1e-4)
     examples = [Example(row.numpy().astype(np.int32), np.ones(task.length, np.float32)) for row in token_rows(task)]
     batch = collate(examples, step_weight=float(task.rows * (task.length - 1))).to(task.device)
-    parameters = list(policy.trainable().values())
 
-    def step() -> torch.Tensor:
-        with torch.autocast(task.device.type, torch.bfloat16):
-            loss = objective(policy, batch).sum / batch.step_weight
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+    def step() -> float:
+        with backend.autocast():
+            loss = objective(policy, batch)
+        stepper.accumulate(loss, batch)
+        return stepper.update().loss
 
     return step
 

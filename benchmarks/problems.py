@@ -314,6 +314,55 @@ def attention(module: ModuleType, case: Case, dtype: torch.dtype, device: torch.
     )
 
 
+# Experts of a mixture
+
+
+def experts(module: ModuleType, case: Case, dtype: torch.dtype, device: torch.device) -> Problem:
+    tokens, count, top, hidden, inner, rank = (case[name] for name in ("tokens", "experts", "top", "hidden", "inner", "rank"))
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> torch.Tensor:
+        made = normal(*shape, dtype=dtype, device=device, scale=scale)
+        return made.movedim(-1, 0).contiguous().movedim(0, -1) if case.get("strided") else made
+
+    free = torch.rand(tokens, count).topk(top, dim=-1).indices if tokens else torch.zeros(0, top, dtype=torch.long)
+    inputs = {
+        "x": tensor(tokens, hidden),
+        "index": (torch.zeros_like(free) if case.get("routing") == "one" else free).to(device),
+        "weights": tensor(tokens, top).float().softmax(dim=-1).to(dtype),
+        "gate_up": tensor(count, 2 * inner, hidden, scale=hidden**-0.5),
+        "down": tensor(count, hidden, inner, scale=inner**-0.5),
+        "a": tensor(count, rank, hidden, dtype=torch.float32, scale=hidden**-0.5),
+        "b": tensor(count, 2 * inner, rank, dtype=torch.float32, scale=rank**-0.5),
+        "c": tensor(count, rank, inner, dtype=torch.float32, scale=inner**-0.5),
+        "d": tensor(count, hidden, rank, dtype=torch.float32, scale=rank**-0.5),
+    }
+
+    def call(function: Callable[..., torch.Tensor], given: Inputs, **more: Any) -> Outputs:
+        *tensors, a, b, c, d = given.values()
+        return (function(*tensors, "silu", module.ExpertLora(a, b, 0.5), module.ExpertLora(c, d, 0.5), **more),)
+
+    rows = tokens * top
+    weights = 3.0 * min(count, rows) * hidden * inner
+    flops = 4.0 * rows * 3 * hidden * inner + 6.0 * rows * rank * (2 * hidden + 3 * inner)
+    moved = 2.0 * weights + 4.0 * tokens * hidden + rows * (4.0 * hidden + 14.0 * inner)
+    return Problem(
+        inputs,
+        lambda given, impl: call(module.expert_mlp, given, impl=impl),
+        lambda given: call(module.expert_mlp_reference, given),
+        ("x", "weights", "a", "b", "c", "d"),
+        (moved * dtype.itemsize, flops),
+    )
+
+
+def expert_sizes(device: str, tokens: int) -> list[tuple[str, Case]]:
+    qwen = (
+        {"experts": 128, "top": 8, "hidden": 2048, "inner": 768}
+        if device == "cuda"
+        else {"experts": 32, "top": 4, "hidden": 512, "inner": 256}
+    )
+    return [("qwen3-30b-a3b" if device == "cuda" else "small", {"tokens": tokens, "rank": 16, **qwen})]
+
+
 def _forest_class() -> Any:
     """Where it stands: a module of its own, or the attention's."""
     try:
@@ -364,6 +413,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("glu", glu, glu_sizes),
     Kernel("lora", lora, lora_sizes),
     Listed("linear_ce", linear_ce, head_sizes, listed=tuple(HEAD_CASES)),
+    Kernel("experts", experts, expert_sizes),
     Kernel("adamw", adamw, adamw_sizes),
     Listed("attention", attention, attention_sizes, ("auto", "sdpa", "varlen", "flex", "gemm", "triton"), tuple(ATTENTION_CASES)),
 )

@@ -4,7 +4,8 @@
 #   bash tests/gpu/run.sh [FOLDER]           results into FOLDER (default: runs/gpu)
 #   bash tests/gpu/run.sh --tiny [FOLDER]    the same on a CPU in small shapes, to see that all of it runs
 #
-# 1. every kernel against the truth   2. every kernel against the machine's limits   3. training steps, LoRA first, then full
+# 1. every kernel against the truth, whole models against plain ones, whole runs   2. every kernel against the machine's limits
+# 3. training steps, LoRA first, then full
 #
 # Needs python3 with torch, triton, transformers, peft, pytest. Packages that are missing can lie as wheels in .whl/ (of pydantic,
 # pydantic-core, annotated-types and typing-inspection in an image that has the ones above):
@@ -36,9 +37,12 @@ part() { # name, seconds, command
 }
 
 { nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || echo "no GPU"; "$python" -m pip list; } >"$out/machine.txt" 2>/dev/null
-[ ${#tiny[@]} -eq 0 ] || export BURNISH_GPU_TESTS_ON=cpu TRITON_INTERPRET=1
-part correctness 200 "$python" -m pytest tests/gpu -W default -p no:cacheprovider --maxfail=20 --durations=5
-unset BURNISH_GPU_TESTS_ON TRITON_INTERPRET
+export BURNISH_TESTS_ON=cuda TRITON_INTERPRET=0
+[ ${#tiny[@]} -eq 0 ] || export BURNISH_GPU_TESTS_ON=cpu BURNISH_TESTS_ON=cpu TRITON_INTERPRET=1
+workers=()
+"$python" -c "import xdist" 2>/dev/null && workers=(-n "$(nproc)")
+part correctness 220 "$python" -m pytest tests/gpu tests/parity ${workers[@]+"${workers[@]}"} -W default -p no:cacheprovider --durations=8
+unset BURNISH_GPU_TESTS_ON BURNISH_TESTS_ON TRITON_INTERPRET
 part kernels 100 "$python" -m benchmarks.kernels ${tiny[@]+"${tiny[@]}"} --budget 0.2 --json "$out/kernels.json"
 part lora 170 "$python" -m benchmarks.gpu_sft ${tiny[@]+"${tiny[@]}"} --modes lora --timeout 80 --json "$out/lora.json"
 part full 110 "$python" -m benchmarks.gpu_sft ${tiny[@]+"${tiny[@]}"} --modes full --timeout 60 --json "$out/full.json"

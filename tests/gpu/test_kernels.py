@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_avai
 # The interpreter rounds bf16 in its own way, so only a GPU can be asked about it.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 NAMES = {kernel.name: kernel for kernel in KERNELS if kernel.module() is not None}
-TRITON = [(name, title, dtype) for name in NAMES if name != "attention" for title, _ in NAMES[name].cases() for dtype in DTYPES]
+OWN = ("attention", "experts")  # kernels with tests of their own
+TRITON = [(name, title, dtype) for name in NAMES if name not in OWN for title, _ in NAMES[name].cases() for dtype in DTYPES]
+EXPERTS = [(title, dtype) for title, case in NAMES["experts"].cases() if case["tokens"] for dtype in DTYPES]
 ATTENTION = [(title, dtype) for title, _ in NAMES["attention"].cases() for dtype in DTYPES]
 
 SLACK = 1.25
@@ -54,7 +56,25 @@ def test_varlen_attention_is_what_packing_uses(dtype: torch.dtype) -> None:
     compare(kernel.problem(dict(kernel.cases())["roots"], dtype, DEVICE), "varlen")
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "rope", "glu", "lora", "linear_ce"])
+@pytest.mark.parametrize(("title", "dtype"), EXPERTS, ids=label)
+def test_experts_are_on_the_average_no_further_from_the_truth(title: str, dtype: torch.dtype) -> None:
+    """A handful of numbers through four products each: single errors say little, so those of many draws are added up."""
+    kernel, module = NAMES["experts"], NAMES["experts"].module()
+    assert module is not None
+    draws = 3 if dtype is torch.float32 else 15
+    sums: list[list[float]] = []
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        problem = kernel.build(module, dict(kernel.cases())[title], dtype, DEVICE)
+        found, plain, true = evaluate(problem, "auto"), evaluate(problem, "plain"), evaluate(problem, "plain", torch.float64)
+        size = [float(exact.pow(2).sum()) for exact in true]
+        errors = [[float((x.double() - exact).pow(2).sum()) for x in both] for *both, exact in zip(found, plain, true, strict=True)]
+        sums.append([value for (mine, theirs), square in zip(errors, size, strict=True) for value in (mine, theirs, square)])
+    total = torch.tensor(sums).sum(dim=0).view(-1, 3).sqrt()
+    assert bool((total[:, 0] <= 1.4 * total[:, 1] + 1e-6 * total[:, 2]).all()), total.tolist()
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "rope", "glu", "lora", "experts", "linear_ce"])
 def test_real_sizes_in_bf16(name: str) -> None:
     """Many programs, many tiles, offsets beyond 2^24: what small cases do not reach."""
     if DEVICE.type != "cuda":

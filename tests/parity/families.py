@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import torch
 import transformers
 
+DEVICE = torch.device(os.environ.get("BURNISH_TESTS_ON", "cpu"))
+"""Where whole models are tested; tests/gpu/run.sh says cuda."""
 VOCABULARY = 97
 BASE = {
     "vocab_size": VOCABULARY,
@@ -68,4 +71,4 @@ def build(name: str, dtype: torch.dtype = torch.float64, **changes):
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)
-    return model.to(dtype).train()
+    return model.to(DEVICE, dtype).train()

@@ -15,14 +15,18 @@ from burnish.models.adapters import attach
 from burnish.models.policy import Policy
 from burnish.objectives.sft import SFTObjective
 
-from .families import build
+from .families import DEVICE, build
 from .test_whole_model import batches, examples
 
 
 def three_steps(policy: Policy) -> Stepper:
     parameters = policy.trainable()
     stepper = Stepper(
-        Backend(precision="float32", cpu=True), build_optimizer(parameters, Train()), parameters, learning_rate=2e-4, clip=1.0
+        Backend(precision="float32", cpu=DEVICE.type == "cpu"),
+        build_optimizer(parameters, Train()),
+        parameters,
+        learning_rate=2e-4,
+        clip=1.0,
     )
     objective = SFTObjective(SFT())
     policy.train()

@@ -16,7 +16,7 @@ from burnish.data.types import Example
 from burnish.models.policy import Policy
 from burnish.objectives.sft import SFTObjective
 
-from .families import EXPERTS, FAMILIES, SEGMENT_BY_SEGMENT, VOCABULARY, build
+from .families import DEVICE, EXPERTS, FAMILIES, SEGMENT_BY_SEGMENT, VOCABULARY, build
 
 LENGTHS = (9, 5, 12)
 
@@ -36,7 +36,7 @@ def examples(lengths=LENGTHS, seed=0):
 def batches(rows, size):
     """Micro-batches of `size` examples that belong to one step."""
     total = sum(float(example.weights[1:].sum()) for example in rows)
-    return [collate(rows[i : i + size], step_weight=total) for i in range(0, len(rows), size)]
+    return [collate(rows[i : i + size], step_weight=total).to(DEVICE) for i in range(0, len(rows), size)]
 
 
 def train_once(policy, micro_batches, objective=None):
@@ -58,12 +58,12 @@ def padded(model, rows):
     for i, example in enumerate(rows):
         n = len(example.input_ids)
         ids[i, :n], mask[i, :n], weights[i, 1:n] = example.input_ids, 1, example.weights[1:]
-    ids, weights = torch.tensor(ids), torch.tensor(weights)
-    model.zero_grad()
     if model.config.model_type == "gemma2":
         # transformers' soft-capped attention turns padding into NaN in fp64; right padding is harmless to causal attention anyway.
         mask[:] = 1
-    logits = model(input_ids=ids, attention_mask=torch.tensor(mask), use_cache=False).logits
+    ids, mask, weights = (torch.tensor(x, device=DEVICE) for x in (ids, mask, weights))
+    model.zero_grad()
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
     loss = (losses * weights[:, 1:]).sum() / weights.sum()
     loss.backward()
@@ -118,7 +118,7 @@ def test_segments_do_not_leak(name):
     rows = examples()
     changed = [Example(rows[0].input_ids[::-1].copy(), rows[0].weights), *rows[1:]]
     with torch.no_grad():
-        before, after = (policy.hidden(collate(x, step_weight=1.0))[LENGTHS[0] :] for x in (rows, changed))
+        before, after = (policy.hidden(collate(x, step_weight=1.0).to(DEVICE))[LENGTHS[0] :] for x in (rows, changed))
     if name in EXPERTS:  # other tokens at an expert change the shape of its product, and so its rounding
         torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
     else:
