@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Task:
     steps: int
     warmup: int
     checkpoint: bool = False
+    profile: str = ""  # a folder
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -93,6 +94,8 @@ def main() -> int:
                 if variant in NEEDS and importlib.util.find_spec(NEEDS[variant]) is None:
                     continue
                 task = Task(variant, size, mode, options.rows, options.length, options.steps, options.warmup)
+                if options.profile:
+                    task = replace(task, profile=str(options.profile.resolve()))
                 lines.append(attempt(task, options.timeout))
                 if options.json:
                     options.json.write_text(json.dumps({"versions": versions(), "lines": lines}, indent=1) + "\n")
@@ -111,6 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one process")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", type=Path, help="folder for tables of what a step's time went into")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.tiny:
@@ -133,7 +137,7 @@ def attempt(task: Task, timeout: float) -> dict[str, Any]:
         line["failed"] = f"longer than {timeout:.0f} s"
     else:
         if done.returncode == MEMORY and not task.checkpoint:
-            return attempt(Task(**{**asdict(task), "checkpoint": True}), timeout)
+            return attempt(replace(task, checkpoint=True), timeout)
         if done.returncode == 0:
             line |= json.loads(done.stdout.splitlines()[-1])
             line["kernels"] = "".join(text for text in done.stderr.splitlines() if text.startswith("kernels: "))
@@ -188,7 +192,21 @@ def by_step(task: Task) -> tuple[list[float], list[float]]:
         start = time.perf_counter()
         losses.append(float(step()))  # waits for the device
         seconds.append(time.perf_counter() - start)
+    if task.profile:
+        profile(task, step)
     return seconds[task.warmup :], losses
+
+
+def profile(task: Task, step: Step) -> None:
+    """Writes where the time of two steps goes, kernel by kernel."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if task.device.type == "cuda" else [])]
+    with torch.profiler.profile(activities=kinds) as seen:
+        for _ in range(2):
+            float(step())
+    table = seen.key_averages().table(sort_by=f"self_{task.device.type}_time_total", row_limit=60, max_name_column_width=90)
+    folder = Path(task.profile)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{task.size}-{task.mode}-{task.variant}.txt").write_text(table)
 
 
 def random_model(task: Task) -> Any:

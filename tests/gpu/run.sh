@@ -7,9 +7,9 @@
 # 1. every kernel against the truth, whole models against plain ones, whole runs   2. every kernel against the machine's limits
 # 3. training steps, LoRA first, then full
 #
-# Needs python3 with torch, triton, transformers, peft, pytest. Packages that are missing can lie as wheels in .whl/ (of pydantic,
-# pydantic-core, annotated-types and typing-inspection in an image that has the ones above):
-#   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_17_x86_64 -d .whl pydantic==...
+# Needs python3 with what pyproject.toml asks for, and pytest. Packages that are missing can lie as wheels in the folder $WHEELS (.whl):
+#   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_17_x86_64 -d .whl pydantic==... (and so on)
+# PARTS=kernels,lora runs some parts only.
 # Parts are cut off at a time of their own, so that a slow one leaves time to the others; what is done is in FOLDER by then.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -20,15 +20,18 @@ python=${PYTHON:-python3}
 mkdir -p "$out"
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
-if compgen -G '.whl/*.whl' >/dev/null; then
+wheels=${WHEELS:-.whl}
+if compgen -G "$wheels/*.whl" >/dev/null; then
   site=$(mktemp -d)
-  "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" .whl/*.whl || exit 1
+  "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl || exit 1
   export PYTHONPATH="$PYTHONPATH:$site"
 fi
 
 bad=0
+only=",${PARTS:-correctness,kernels,lora,full},"
 part() { # name, seconds, command
   local name=$1 limit=$2
+  [[ $only == *",$name,"* ]] || return 0
   shift 2
   echo "== $name"
   timeout "$limit" "$@" 2>&1 | tee "$out/$name.txt"
