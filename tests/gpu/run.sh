@@ -47,6 +47,6 @@ workers=()
 part correctness 220 "$python" -m pytest tests/gpu tests/parity ${workers[@]+"${workers[@]}"} -W default -p no:cacheprovider --durations=8
 unset BURNISH_GPU_TESTS_ON BURNISH_TESTS_ON TRITON_INTERPRET
 part kernels 100 "$python" -m benchmarks.kernels ${tiny[@]+"${tiny[@]}"} --budget 0.2 --json "$out/kernels.json"
-part lora 170 "$python" -m benchmarks.gpu_sft ${tiny[@]+"${tiny[@]}"} --modes lora --timeout 80 --json "$out/lora.json"
+part lora 170 "$python" -m benchmarks.gpu_sft ${tiny[@]+"${tiny[@]}"} --modes lora --timeout 80 --json "$out/lora.json" --profile "$out/profile"
 part full 110 "$python" -m benchmarks.gpu_sft ${tiny[@]+"${tiny[@]}"} --modes full --timeout 60 --json "$out/full.json"
 exit $bad
