@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -130,9 +131,11 @@ def versions() -> dict[str, str]:
 def attempt(task: Task, timeout: float) -> dict[str, Any]:
     """The line of a task, in a process of its own: with checkpointing where it does not fit without."""
     command = [sys.executable, "-m", "benchmarks.gpu_sft", "--child", json.dumps(asdict(task))]
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    environment = {**os.environ, **offline, "UNSLOTH_COMPILE_LOCATION": str(Path(tempfile.gettempdir(), "unsloth_compiled"))}
     line: dict[str, Any] = asdict(task)
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
     except subprocess.TimeoutExpired:
         line["failed"] = f"longer than {timeout:.0f} s"
     else:
@@ -283,15 +286,34 @@ def unsloth_step(task: Task) -> Step:
     with tempfile.TemporaryDirectory() as folder:
         save_folder(task, folder)
         dtype = torch.bfloat16 if task.mode == "lora" else torch.float32
+        checkpointing = "unsloth" if task.checkpoint else False
         model, _ = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=task.length, dtype=dtype, load_in_4bit=False, full_finetuning=task.mode == "full"
+            folder,
+            max_seq_length=task.length,
+            dtype=dtype,
+            load_in_4bit=False,
+            load_in_16bit=task.mode == "lora",
+            full_finetuning=task.mode == "full",
+            use_gradient_checkpointing=checkpointing,
         )
     if task.mode == "lora":
         names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         model = FastLanguageModel.get_peft_model(
-            model, r=16, lora_alpha=32, lora_dropout=0, target_modules=names, use_gradient_checkpointing=task.checkpoint
+            model, r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=names, use_gradient_checkpointing=checkpointing
         )
+        print(f"kernels: {unsloth_kernels(model)}", file=sys.stderr)
     return torch_step(task, model, checkpoint=False)
+
+
+def unsloth_kernels(model: Any) -> str:
+    """How many of its layers run its fused nodes."""
+    layers = model.get_base_model().model.layers
+    found = {
+        "qkv": sum(getattr(layer.self_attn.apply_qkv, "__name__", "") == "apply_lora_qkv" for layer in layers),
+        "o": sum(getattr(layer.self_attn.apply_o, "__name__", "") == "apply_lora_o" for layer in layers),
+        "mlp": sum(layer.mlp.forward.__func__.__name__.startswith("apply_lora_mlp") for layer in layers),
+    }
+    return ", ".join(f"{name} {count}/{len(layers)}" for name, count in found.items())
 
 
 def torch_step(task: Task, model: Any, *, checkpoint: bool | None = None) -> Step:

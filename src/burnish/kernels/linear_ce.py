@@ -55,13 +55,13 @@ from burnish.kernels.logit_rows import (
     default_chunk,
     logit_gradient,
     make_head,
-    mm,
     shape,
     statistics,
     tempered,
     wide,
     wide_dtype,
 )
+from burnish.kernels.matmul import mm_wide
 
 __all__ = [
     "CASES",
@@ -281,7 +281,7 @@ class _HeadStats(torch.autograd.Function):
             if logp is None:
                 return (None,) * 5
             if direction is not None:
-                return (logp[:, None] * direction).to(ctx.dtype), None, None, None, None
+                return _times(direction, logp[:, None], ctx.dtype), None, None, None, None
         with torch.autocast(ctx.device_type, enabled=False):
             gradients = _backward(hidden, weight, bias, targets, ctx.head, upstream[:4], ctx.needs_input_grad[:3])
         return *gradients, None, None
@@ -335,13 +335,13 @@ class _Gradients:
     def add(self, part: slice, dz: torch.Tensor, h: torch.Tensor, w: torch.Tensor, factors: torch.Tensor | None) -> None:
         """Adds one chunk's. `factors` [C] weigh the rows of dz, and are cheaper on the thin matrices: each product has one."""
         if self.hidden is not None:
-            product = torch.mm(dz, w)
+            product = mm_wide(dz, w) if self.hidden.dtype is torch.float32 else torch.mm(dz, w)
             self.hidden[part] = product if factors is None else product * factors[:, None]
         if self.bias is not None:
             self.bias += dz.sum(dim=0, dtype=self.bias.dtype) if factors is None else (dz * factors[:, None]).sum(dim=0)
         if self._like is not None:
             h = h if factors is None else (h * factors[:, None]).to(h.dtype)
-            self.weight = mm(dz.t(), h) if self.weight is None else add_mm(self.weight, dz.t(), h)
+            self.weight = mm_wide(dz.t(), h) if self.weight is None else add_mm(self.weight, dz.t(), h)
 
     def done(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Those of hidden, weight and bias; zero where there was no chunk."""
@@ -400,8 +400,8 @@ def _times(x: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dtype) -> 
 
 
 def _product_dtype(hidden: torch.Tensor, head: Head) -> torch.dtype:
-    """What early gradients are kept in: as the product leaves them, never narrower than that."""
-    return torch.promote_types(hidden.dtype, head.compute)
+    """What early gradients are kept in until their factor is known, as wide as products come: on CUDA in fp32, so as to round once."""
+    return wide_dtype(hidden.dtype) if hidden.device.type == "cuda" else torch.promote_types(hidden.dtype, head.compute)
 
 
 def _fields(stats: TokenStats) -> Fields:

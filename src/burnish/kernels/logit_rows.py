@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from burnish.kernels.dispatch import Impl, choose
+from burnish.kernels.matmul import mm_wide
 
 OPTIONAL = frozenset({"logsumexp", "mean_logit", "entropy", "correct"})
 """What `want` may name besides the log-probabilities."""
@@ -102,7 +103,7 @@ def chunks(
         part = slice(start, min(start + size, rows))
         h = hidden[part].to(head.compute)
         if buffer is None:
-            z = mm(h, w.t())
+            z = mm_wide(h, w.t())
             z = z if bias is None else z.add_(bias)
         elif bias is None:
             z = torch.mm(h, w.t(), out=buffer[: h.shape[0]])
@@ -185,18 +186,13 @@ def _sums_in_fp32(x: torch.Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The product in fp32 (fp64 for fp64). CUDA keeps its fp32 sums; a CPU rounds to the operands' type first."""
-    return torch.mm(a, b, out_dtype=torch.float32) if _sums_in_fp32(a) else wide(torch.mm(a, b))
-
-
 def add_mm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`total += a b` in fp32, inside the product where it can: a matrix of [V, H] more would be written and read for each chunk."""
     if a.dtype is total.dtype:
         return torch.addmm(total, a, b, out=total)
     if _sums_in_fp32(a) and _adds_to_fp32(a.dtype):
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    return total.add_(torch.mm(a, b, out_dtype=torch.float32) if _sums_in_fp32(a) else torch.mm(a, b))
+    return total.add_(mm_wide(a, b) if _sums_in_fp32(a) else torch.mm(a, b))
 
 
 @cache
