@@ -123,6 +123,7 @@ def test_the_processor_is_its_features(tmp_path: Path) -> None:
 
 
 def load_in_child(queue: multiprocessing.Queue[int]) -> None:
+    torch.set_num_threads(1)  # a forked process has no OpenMP threads but believes in those of its parent
     queue.put(build.load().answer())
 
 
