@@ -13,7 +13,8 @@ causal attention aligned at the last key ("lower right"), and a sliding window c
     gemm     a few large matrix products per stretch of queries: CPU (attention_cpu.py)
     varlen   one flash-attention call over all segments: CUDA, half precision, roots
     cascade  flash-attention calls for segments and for their ancestors, merged: CUDA, half precision, trees, sinks (attention_tree.py)
-    sdpa     one fused scaled_dot_product_attention per segment: dropout, full precision on CUDA, very short or very long segments on a CPU
+    sdpa     one fused scaled_dot_product_attention per segment, or for all where they are equally long: dropout, full precision and
+             equal lengths on CUDA, very short or very long segments on a CPU
     eager    plain torch, segment by segment: what nothing else can do (soft caps on CUDA)
 
 `forest_attention_reference` is the oracle: one dense mask [T, T]. Under autocast, q, k and v are taken in its type, as it does itself.
@@ -226,6 +227,8 @@ def _per_segment(
     `split` and `cat` rather than slices: the backward pass of a slice writes a zero tensor of all T tokens for every segment.
     """
     dtype = q.dtype
+    if q.device.type == "cuda" and forest.uniform and (window is None or window >= forest.lengths[0]):
+        return _batched(q, k, v, forest, scaling, dropout)
     if q.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and max(forest.lengths) < _FAST_IN_FP32:
         q, k, v = q.float(), k.float(), v.float()
     queries, keys, values = (x.split_with_sizes(forest.lengths, dim=2) for x in (q, k, v))
@@ -234,6 +237,13 @@ def _per_segment(
         chain = forest.chain(i)
         outputs.append(_causal(query, _join(keys, chain), _join(values, chain), scaling, window, dropout))
     return torch.cat(outputs, dim=2).to(dtype)
+
+
+def _batched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forest: Forest, scaling: float | None, dropout: float) -> torch.Tensor:
+    """One fused call for roots of one length: [1, H, N L, D] seen as [N, H, L, D]."""
+    count, length = len(forest.lengths), forest.lengths[0]
+    query, key, value = (x.view(x.shape[1], count, length, x.shape[3]).transpose(0, 1) for x in (q, k, v))
+    return _fused(query, key, value, None, scaling, dropout).transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
 
 def _join(parts: Sequence[torch.Tensor], chain: list[int]) -> torch.Tensor:

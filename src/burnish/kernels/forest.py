@@ -33,6 +33,11 @@ class Forest:
         """Whether any segment shares another as its beginning."""
         return any(parent >= 0 for parent in self.parents)
 
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether all segments are roots of one length."""
+        return not self.is_tree and len(set(self.lengths)) == 1
+
     def chain(self, segment: int) -> list[int]:
         """The segment and its ancestors, root first."""
         links = [segment]

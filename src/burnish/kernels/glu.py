@@ -43,6 +43,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 """Shapes for tests and benchmarks. halves: gate and up are the two halves of one projection's output, so rows are strided."""
 
 
+class Thin(NamedTuple):
+    """The product left [N, r] right [I, r]^T, which is still to be added to an [N, I]: an adapter's part of an output or a gradient."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+
 class Kernels(NamedTuple):
     """One implementation's raw functions, with the signatures of `glu_forward` and `glu_backward`."""
 

@@ -289,8 +289,13 @@ class _LoraStack(torch.autograd.Function):
         return dx, None, *(gradient for group in gradients for gradient in group)
 
 
-def stack_forward(x: torch.Tensor, operands: Sequence[Operands], plan: Plan, needs: Sequence[Any]) -> tuple[list[torch.Tensor], list[Kept]]:
-    """The outputs of all projections of x (in the compute type), and what their gradients need."""
+def stack_forward(
+    x: torch.Tensor, operands: Sequence[Operands], plan: Plan, needs: Sequence[Any], *, apart: bool = False
+) -> tuple[list[torch.Tensor], list[Kept]]:
+    """The outputs of all projections of x (in the compute type), and what their gradients need.
+
+    `apart`: outputs lack their adapters' parts, which are kept.xa kept.b^T; for adapters without dropout and magnitude.
+    """
     adapters = [_cast_adapter(o, static, plan.compute) for o, static in zip(operands, plan.statics, strict=True)]
     shared = [i for i, (a, _) in enumerate(adapters) if a is not None and plan.statics[i].dropout == 0]
     xas = dict(zip(shared, _stacked(x, [a for i in shared if (a := adapters[i][0]) is not None]), strict=True))
@@ -300,9 +305,9 @@ def stack_forward(x: torch.Tensor, operands: Sequence[Operands], plan: Plan, nee
         mask = _draw(x, static.dropout) if static.dropout > 0 else None
         dropped = x * mask if mask is not None else x
         xa = xas[i] if i in xas else mm(dropped, a.t()) if a is not None else None
-        y, base = _project(x, dropped, xa, b, operand, static, plan.compute)
+        y, base = _project(x, dropped, None if apart else xa, b, operand, static, plan.compute)
         outputs.append(y)
-        keeps_xa = needs[i].b or needs[i].gain
+        keeps_xa = needs[i].b or needs[i].gain or apart
         kept.append(Kept(operand.weight, a, b, operand.gain, mask, xa if keeps_xa else None, base if needs[i].gain else None))
     return outputs, kept
 
@@ -344,7 +349,13 @@ class Flow(NamedTuple):
 
 
 def stack_dx(
-    upstream: Sequence[torch.Tensor | None], kept: Sequence[Kept], plan: Plan, needs: Sequence[Any], dx_dtype: torch.dtype | None
+    upstream: Sequence[torch.Tensor | None],
+    kept: Sequence[Kept],
+    plan: Plan,
+    needs: Sequence[Any],
+    dx_dtype: torch.dtype | None,
+    *,
+    apart: bool = False,
 ) -> tuple[torch.Tensor | None, list[Flow | None]]:
     """The gradient of x (which itself is not needed for it), and what `stack_gradients` goes on from.
 
@@ -354,6 +365,7 @@ def stack_dx(
         plan: The node's.
         needs: Which operands get gradients.
         dx_dtype: The type dx is summed in: x's own, or the compute type where that is wider. None: no dx.
+        apart: Dx lacks the adapters' parts, which are flow.g kept.a.
     """
     dx: torch.Tensor | None = None
     flows: list[Flow | None] = []
@@ -375,7 +387,7 @@ def stack_dx(
             dx += _through_dropout(flow, w, k, static, dx.dtype)
     stacked = [(f.g, k.a) for f, k in zip(flows, kept, strict=True) if k.mask is None and f is not None]
     pairs = [(g, a) for g, a in stacked if g is not None and a is not None]
-    if dx is not None and pairs:
+    if dx is not None and pairs and not apart:
         add_mm_(dx, _joined([g for g, _ in pairs], dim=1), _joined([a for _, a in pairs], dim=0))
     return dx, flows
 

@@ -8,18 +8,24 @@ act(gate) and h as well, and x A^T, h A^T. The product h is made again while its
     dh          = dy through D            needs no h but for dA of D, so h is made from gate and up then
     dgate, dup  = dh up act'(gate), dh act(gate)
     dx          = dgate through G + dup through U, in one buffer
+
+On a GPU the adapters' parts of gate, up and dh are not added to them in memory, which would read and write each once more: the kernels of
+the gated product add them as they read (kernels/gpu/glu_thin.py), here and again in the backward pass, from the same thin factors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from burnish.kernels.dispatch import Impl, choose
-from burnish.kernels.glu import GluKind, Kernels, glu_kernels, glu_reference
+from burnish.kernels.glu import GluKind, Kernels, Thin, glu_kernels, glu_reference
 from burnish.kernels.lora import (
+    Flow,
     Kept,
     Operands,
     Plan,
@@ -62,9 +68,10 @@ def lora_mlp(x: torch.Tensor, gate: Projection, up: Projection, down: Projection
     chosen = choose("torch" if impl == "native" else impl, x.device, frozenset({"triton"}))
     first = Plan(dtype, (Static.of(gate), Static.of(up)), chosen)
     last = Plan(dtype, (Static.of(down),), chosen)
-    between = glu_kernels(impl, x.new_empty(0, dtype=dtype))
+    apart = chosen == "triton" and dtype is not torch.float64 and all(_is_thin(p) for p in projections)
+    between = Between(glu_kernels(impl, x.new_empty(0, dtype=dtype)), kind, apart)
     tensors = [tensor for p in projections for tensor in operand_tensors(p)]
-    return cast("torch.Tensor", _LoraMLP.apply(x, first, last, kind, between, *tensors))  # pyright: ignore[reportUnknownMemberType]
+    return cast("torch.Tensor", _LoraMLP.apply(x, first, last, between, *tensors))  # pyright: ignore[reportUnknownMemberType]
 
 
 def lora_mlp_reference(x: torch.Tensor, gate: Projection, up: Projection, down: Projection, kind: GluKind) -> torch.Tensor:
@@ -73,21 +80,63 @@ def lora_mlp_reference(x: torch.Tensor, gate: Projection, up: Projection, down: 
     return lora_reference(glu_reference(a, b, kind), [down])[0]
 
 
+LARGEST_THIN_RANK = 64
+"""Above, the thin factors of a tile would crowd out the tile."""
+
+
+def _is_thin(p: Projection) -> bool:
+    """Whether a projection is a product plus a thin product: an adapter without dropout and magnitude."""
+    return p.lora is not None and p.lora.dropout == 0 and p.lora.magnitude is None and p.lora.a.shape[0] <= LARGEST_THIN_RANK
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """The gated product between the stacks. `apart`: gate, up and dh lack their adapters' parts until here."""
+
+    kernels: Kernels
+    kind: GluKind
+    apart: bool
+
+    def forward(self, gate: torch.Tensor, up: torch.Tensor, kept: Sequence[Kept]) -> torch.Tensor:
+        """H of gate and up, as `stack_forward` left them."""
+        if not self.apart:
+            return self.kernels.forward(gate, up, self.kind)
+        from burnish.kernels.gpu.glu_thin import thin_forward  # here: triton may not be installed
+
+        return thin_forward(gate, up, self.kind, _parts(kept))
+
+    def backward(
+        self, dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kept: Sequence[Kept], flow: Flow | None, want_h: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(dgate, dup, h or None) from dh, as `stack_dx` left it with `flow`. `kept` is of all three projections."""
+        if not self.apart:
+            return self.kernels.backward(dh, gate, up, self.kind, want_h)
+        from burnish.kernels.gpu.glu_thin import thin_backward  # here: triton may not be installed
+
+        down = kept[2]
+        assert flow is not None and flow.g is not None and down.a is not None
+        return thin_backward(dh, gate, up, self.kind, want_h, (*_parts(kept[:2]), Thin(flow.g, down.a.t())))
+
+
+def _parts(kept: Sequence[Kept]) -> tuple[Thin, Thin]:
+    """What gate and up lack."""
+    gate, up = (Thin(k.xa, k.b) for k in kept if k.xa is not None and k.b is not None)
+    return gate, up
+
+
 class _LoraMLP(torch.autograd.Function):
     """Autograd around two stacks with the gated product between them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, first: Plan, last: Plan, kind: GluKind, between: Kernels, *flat: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, first: Plan, last: Plan, between: Between, *flat: torch.Tensor | None) -> torch.Tensor:
         ctx.set_materialize_grads(False)
-        ctx.plans, ctx.kind, ctx.between, ctx.dtype, ctx.device_type = (first, last), kind, between, x.dtype, x.device.type
+        ctx.plans, ctx.between, ctx.dtype, ctx.device_type = (first, last), between, x.dtype, x.device.type
         operands = [Operands(*group) for group in grouped(flat, len(Operands._fields))]
-        needs = [Operands(*group) for group in grouped(ctx.needs_input_grad[5:], len(Operands._fields))]
+        needs = [Operands(*group) for group in grouped(ctx.needs_input_grad[4:], len(Operands._fields))]
         x = x.to(first.compute)
         with torch.autocast(ctx.device_type, enabled=False):
-            (gate, up), kept = stack_forward(x, operands[:2], first, needs[:2])
-            (y,), kept_down = stack_forward(between.forward(gate, up, kind), operands[2:], last, needs[2:])
+            (gate, up), kept = stack_forward(x, operands[:2], first, needs[:2], apart=between.apart)
+            (y,), kept_down = stack_forward(between.forward(gate, up, kept), operands[2:], last, needs[2:])
         x_is_needed = any(need.weight or need.a for need in needs[:2])
         ctx.save_for_backward(x if x_is_needed else None, gate, up, *(tensor for k in (*kept, *kept_down) for tensor in k))
         return y
@@ -100,18 +149,18 @@ class _LoraMLP(torch.autograd.Function):
         x, gate, up, *flat = ctx.saved_tensors
         first, last = ctx.plans
         kept = [Kept(*group) for group in grouped(flat, len(Kept._fields))]
-        needs = [Operands(*group) for group in grouped(ctx.needs_input_grad[5:], len(Operands._fields))]
+        needs = [Operands(*group) for group in grouped(ctx.needs_input_grad[4:], len(Operands._fields))]
         needs_x = ctx.needs_input_grad[0]
         needs_dh = needs_x or any(any(need) for need in needs[:2])
         needs_h = bool(needs[2].a or needs[2].weight)
         dgate, dup, h = None, None, None
         with torch.autocast(ctx.device_type, enabled=False):
-            dh, flow_down = stack_dx([upstream], kept[2:], last, needs[2:], last.compute if needs_dh else None)
+            dh, flow_down = stack_dx([upstream], kept[2:], last, needs[2:], last.compute if needs_dh else None, apart=ctx.between.apart)
             if dh is not None:
-                dgate, dup, h = ctx.between.backward(dh, gate, up, ctx.kind, needs_h)
+                dgate, dup, h = ctx.between.backward(dh, gate, up, kept, flow_down[0], needs_h)
             elif needs_h:
-                h = ctx.between.forward(gate, up, ctx.kind)
+                h = ctx.between.forward(gate, up, kept[:2])
             gradients_down = stack_gradients(flow_down, h, kept[2:], last, needs[2:])
             dx, flows = stack_dx([dgate, dup], kept[:2], first, needs[:2], ctx.dtype if needs_x else None)
             gradients = stack_gradients(flows, x, kept[:2], first, needs[:2])
-        return dx, None, None, None, None, *(gradient for group in (*gradients, *gradients_down) for gradient in group)
+        return dx, None, None, None, *(gradient for group in (*gradients, *gradients_down) for gradient in group)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.core.errors import ModelError
+from burnish.kernels import attention
 from burnish.kernels.attention import Forest, causal_mask, eager_attention, forest_attention, forest_attention_reference
 
 ROOTS = Forest((4, 5, 12), (-1, -1, -1))
@@ -68,6 +69,16 @@ def compare(forest, kinds=("reference", "eager", "sdpa", "gemm", "cascade"), **o
 @pytest.mark.parametrize("forest", [ROOTS, TREE], ids=["roots", "tree"])
 def test_every_path_equals_the_definition(forest, window):
     compare(forest, window=window)
+
+
+def test_roots_of_one_length_as_a_batch():
+    forest = Forest((4, 8, 12), (-1, -1, -1))
+    assert forest.uniform and not ROOTS.uniform and not TREE.uniform and not Forest((4, 8), (-1, 0)).uniform
+    (q, k, v), weight = qkv(12), torch.randn(1, 4, 12, 8, dtype=torch.float64)
+    found, expected = attention._batched(q, k, v, forest, 0.3, 0.0), naive(q, k, v, forest, scaling=0.3)
+    torch.testing.assert_close(found, expected)
+    for mine, theirs in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("forest", [ROOTS, TREE], ids=["roots", "tree"])

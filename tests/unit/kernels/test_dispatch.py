@@ -53,6 +53,22 @@ def test_attention_on_a_cpu_follows_the_lengths(dtype, lengths, window, tree, ex
     assert attention_kind(CPU, dtype, 64, **{**PLAIN, "tree": tree}, window=window, lengths=lengths) == expected
 
 
+@pytest.mark.parametrize(
+    ("lengths", "window", "tree", "expected"),
+    [
+        ((2048, 2048), None, False, "sdpa"),
+        ((2048,), 4096, False, "sdpa"),
+        ((2048, 2048), 512, False, "varlen"),
+        ((2048, 1024), None, False, "varlen"),
+        ((100, 100), None, False, "varlen"),
+        ((2048, 2048), None, True, "cascade"),
+    ],
+)
+def test_equal_lengths_are_an_ordinary_batch_on_a_gpu(lengths, window, tree, expected):
+    found = attention_kind(CUDA, torch.bfloat16, 64, **{**PLAIN, "tree": tree}, window=window, lengths=lengths)
+    assert found == expected
+
+
 @pytest.mark.parametrize(("fast", "expected"), [(True, "gemm"), (False, "sdpa")])
 def test_fast_bf16_moves_the_threshold(monkeypatch, fast, expected):
     monkeypatch.setattr("burnish.kernels.dispatch.cpu_has_fast_bf16", lambda: fast)
