@@ -78,13 +78,18 @@ def assert_same(found, expected, tolerance=1e-6):
     for name, truth in true_gradients.items():
         mine = gradients.get(name, torch.zeros_like(truth))
         # A gradient that cancels to (almost) nothing, such as a key bias's, has no relative error: it is measured against the rest.
-        assert (mine - truth).norm() <= tolerance * max(truth.norm(), 1e-3 * scale), name
+        error = float((mine - truth).norm() / max(truth.norm(), 1e-3 * scale))
+        assert error <= tolerance, f"{name}: {error:.1e}, expected {tolerance:.0e}"
     assert set(gradients) <= set(true_gradients)
 
 
 FAST = 1e-5
 """How near fast modules are to the plain model as a whole: as near as its rounding, which depth and these large weights multiply. (Its
 norms compute in fp32 even in an fp64 model.) What does not depend on the model's own rounding is held to 1e-6 throughout."""
+
+
+EXACT = 1e-6 if DEVICE.type == "cpu" else FAST
+"""The same without fast modules: on a GPU fused attention and the plain model's differ by the rounding of fp32, too."""
 
 
 @pytest.mark.parametrize("kernels", [False, True])
@@ -96,7 +101,7 @@ def test_packed_padded_and_one_by_one_are_the_same(name, kernels, capsys):
     assert policy.anatomy.packed == (name in FAMILIES)
     assert policy.anatomy.head is not None
     packed, truth = train_once(policy, batches(rows, 3)), padded(plain, rows)
-    assert_same(packed, truth, FAST if kernels else 1e-6)
+    assert_same(packed, truth, FAST if kernels else EXACT)
     assert_same(train_once(policy, batches(rows, 1)), packed)
 
 
@@ -109,7 +114,7 @@ def test_the_same_in_fp32(name, kernels):
     policy = Policy(model, kernels=kernels)
     truth = padded(plain, rows)
     for size in (3, 1):
-        assert_same(train_once(policy, batches(rows, size)), truth, FAST if kernels else 1e-6)
+        assert_same(train_once(policy, batches(rows, size)), truth, FAST if kernels else EXACT)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *SEGMENT_BY_SEGMENT])
@@ -148,7 +153,7 @@ def with_adapter(model, **settings):
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+                torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator(DEVICE).manual_seed(1))
     return adapter
 
 
@@ -164,7 +169,7 @@ def test_adapters(name, checkpointed, kernels):
     truth = padded(plain, rows)
     assert set(truth[1]) == set(policy.trainable())
     packed = train_once(policy, batches(rows, 3))
-    assert_same(packed, truth, FAST if kernels else 1e-6)
+    assert_same(packed, truth, FAST if kernels else EXACT)
     assert_same(train_once(policy, batches(rows, 1)), packed)
 
 
