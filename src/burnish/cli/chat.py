@@ -9,11 +9,14 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import typer
 
@@ -170,13 +173,44 @@ class Chat:
         with speaker.speaking():
             stream = speaker.generator.stream([*setting, *speaker.history, question], self.options)
             try:
-                for piece in stream:
-                    self.screen.write(piece)
+                with _interrupts_between() as check:
+                    for piece in stream:
+                        check()
+                        self.screen.write(piece)
             finally:
                 self.screen.end()
                 if stream.text:
                     speaker.history += [question, Message("assistant", stream.text)]
         _report_cut(stream, self.options)
+
+
+@contextmanager
+def _interrupts_between() -> Iterator[Callable[[], None]]:
+    """Ctrl-C is noted and raised by the function that is yielded; a second one before that is raised at once.
+
+    Raised wherever it comes, KeyboardInterrupt is now and then lost in native code that clears errors, and the answer would run on.
+    """
+    noted = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal noted
+        if noted:
+            signal.default_int_handler(number, frame)
+        noted = True
+
+    def check() -> None:
+        if noted:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+        check()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _report_cut(stream: Stream, options: Options) -> None:

@@ -297,6 +297,28 @@ def test_two_speakers_have_a_history_each(monkeypatch: pytest.MonkeyPatch, capsy
     assert capsys.readouterr().out == "  speaker0  l1\n  speaker1  r1\n  speaker0  l2\n  speaker1  r2\n"
 
 
+def test_an_interrupt_that_native_code_swallows_still_stops_the_answer() -> None:
+    heard: list[str] = []
+    with pytest.raises(KeyboardInterrupt), chat._interrupts_between() as check:
+        for piece in "abcd":
+            try:  # as an error is lost that comes up inside a native call
+                if piece == "b":
+                    signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+            check()
+            heard.append(piece)
+    assert heard == ["a"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    with pytest.raises(KeyboardInterrupt), chat._interrupts_between():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it waited")
+
+
 def test_an_answer_that_was_cut_off_says_so(talker: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run(talker, "hello", max_tokens=3)
     assert "(cut off after 3 tokens, see --max-tokens)" in capfd.readouterr().err
