@@ -186,9 +186,9 @@ class Chat:
 
 @contextmanager
 def _interrupts_between() -> Iterator[Callable[[], None]]:
-    """Ctrl-C is noted and raised by the function that is yielded; a second one before that is raised at once.
+    """Ctrl-C is noted, and raised by the function that is yielded; a second one before that is raised at once.
 
-    Raised wherever it comes, KeyboardInterrupt is now and then lost in native code that clears errors, and the answer would run on.
+    So an answer ends between two pieces, never in the middle of a computation, also in a process that was started with Ctrl-C ignored.
     """
     noted = False
 

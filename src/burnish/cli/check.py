@@ -80,8 +80,9 @@ def notes(config: RunConfig) -> list[str]:
     if REDACTED in json.dumps(resolved(config)):
         found.append("a URL holds a secret, which the run folder will not keep; write it as ${NAME}, and the saved file can be run again")
     if (Path(config.output) / "checkpoints").is_dir():
-        rest = "goes on from the newest checkpoint there" if config.resume == "auto" else "is refused, as resume: never says"
-        found.append(f"{_short(config.output)} holds a run already; this one {rest}")
+        same = "the same settings go on from its newest checkpoint, unless it is finished; others are refused"
+        rest = same if config.resume == "auto" else "this one is refused, as resume: never says"
+        found.append(f"{_short(config.output)} holds a run already: {rest}")
     return found + [f"{_short(path)} is trained on and held out: its loss says nothing new" for path in _leaks(config.data)]
 
 

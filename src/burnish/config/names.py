@@ -122,6 +122,9 @@ def unknown_key(name: str, section: type[Strict] | None, root: type[Strict], ins
         dotted: Name a key of the same section by its dotted key, as an override needs it.
     """
     suggestion = nearest_key(name, section, root)
+    if suggestion == name and not dotted:  # an override's form, in the file
+        above, _, key = name.rpartition(".")
+        return f"unknown key '{name}'; in a file sections are nested: '{above}: {{{key}: ...}}'"
     if suggestion:
         if dotted and inside and section and suggestion in section.model_fields:
             suggestion = f"{inside}.{suggestion}"

@@ -210,7 +210,7 @@ def legend(*, colour: bool) -> Text:
 
 def coloured(shown: Shown) -> Text:
     """The row's text: trained tokens green, masked ones dim, special tokens bold, white space visible."""
-    text = Text(overflow="fold")
+    text = Text()
     for token, trained, special in zip(visible(shown.tokens), shown.trained, shown.special, strict=True):
         style = "green" if trained else "dim"
         text.append(token, f"bold {style}" if special else style)
@@ -221,7 +221,7 @@ def bracketed(shown: Shown) -> Text:
     """The same without colour, for files and pipes: each run of trained tokens stands in brackets."""
     runs = groupby(zip(visible(shown.tokens), shown.trained, strict=True), key=lambda pair: bool(pair[1]))
     texts = ((trained, "".join(token for token, _ in run)) for trained, run in runs)
-    return Text("".join(f"{OPEN}{text}{CLOSE}" if trained else text for trained, text in texts), overflow="fold")
+    return Text("".join(f"{OPEN}{text}{CLOSE}" if trained else text for trained, text in texts))
 
 
 def view(account: Account | None, rows: Sequence[Shown], *, colour: bool = True) -> RenderableType:

@@ -103,14 +103,15 @@ def _tiles(steps: Sequence[Line], evaluations: Sequence[Line], best: Line | None
         tail = losses[-max(1, len(losses) // 20) :]
         yield _Tile("Training loss", f"{sum(tail) / len(tail):.4g}", f"from {losses[0]:.4g}")
     if best:
-        first = evaluations[0]["eval_loss"]
-        yield _Tile("Held-out loss", f"{best['eval_loss']:.4g}", f"from {first:.4g}, best at step {best['step']}" if first else "")
+        first = evaluations[0]["eval_loss"] if len(evaluations) > 1 else None
+        note = f"from {first:.4g}, best at step {best['step']}" if first else f"at step {best['step']}"
+        yield _Tile("Held-out loss", f"{best['eval_loss']:.4g}", note)
         yield _Tile("Perplexity", f"{best['eval_perplexity']:.4g}" if best.get("eval_perplexity") else "-", "at the best step")
     tokens, trained = sum(line["tokens"] for line in steps), sum(line["trained_tokens"] for line in steps)
     seconds = sum(line["seconds"] for line in steps)
     yield _Tile("Tokens", short(tokens), f"{short(trained)} of them trained")
     yield _Tile("Time in steps", _clock(seconds), f"{len(steps):,} steps")
-    yield _Tile("Speed", f"{short(tokens / seconds)}/s" if seconds else "-", "tokens")
+    yield _Tile("Speed", f"{short(tokens / seconds)} tokens/s" if seconds else "-", "over all steps")
 
 
 def _shares(account: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:

@@ -136,8 +136,11 @@ def test_lines_of_the_summary(run: Run, overrides: list[str], line: str) -> None
         (["model.trust_remote_code=true"], "model.trust_remote_code runs Python code"),
         (["data.eval=[rows.jsonl]"], "rows.jsonl is trained on and held out"),
         (["data.train=https://u:p@host/x.json"], "a URL holds a secret"),
-        (["output=old"], "old holds a run already; this one goes on from the newest checkpoint there"),
-        (["output=old", "resume=never"], "old holds a run already; this one is refused, as resume: never says"),
+        (
+            ["output=old"],
+            "old holds a run already: the same settings go on from its newest checkpoint, unless it is finished; others are refused",
+        ),
+        (["output=old", "resume=never"], "old holds a run already: this one is refused, as resume: never says"),
     ],
 )
 def test_notes(run: Run, tmp_path: Path, overrides: list[str], note: str) -> None:

@@ -70,6 +70,16 @@ def test_a_page_that_cannot_be_written(run_file: Path) -> None:
         run(run_file, html=Path("absent/out.html"), row="1")
 
 
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_a_row_is_never_cut(columns: str, run_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    words = " ".join(f"the user asks {n}" for n in range(40))
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "the user asks", "completion": f"{words} in full sentences"}) + "\n")
+    run(run_file, row="1")
+    out = capsys.readouterr().out
+    assert f"{words} in full sentences" in out and out.rstrip().endswith("⟧")
+
+
 def test_a_row_that_is_not_there(run_file: Path) -> None:
     with pytest.raises(DataError, match="no row 31"):
         run(run_file, row="31")

@@ -18,6 +18,7 @@ Message = Callable[..., str]
     ("added", "said"),
     [
         ("train: {learning_rat: 1e-4}", "run.yaml:3: train.learning_rat: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ("model.quantize: nf4", "run.yaml:3: model.quantize: unknown key 'model.quantize'; in a file sections are nested: 'model: {quantize: ...}'"),
         ("trian: {epochs: 1}", "run.yaml:3: trian: unknown key 'trian'; did you mean 'train'?"),
         ("learning_rate: 1e-4", "run.yaml:3: learning_rate: unknown key 'learning_rate'; did you mean 'train.learning_rate'?"),
         ("train: {workers: 2}", "run.yaml:3: train.workers: unknown key 'workers'; did you mean 'data.workers'?"),

@@ -194,10 +194,51 @@ def _detect(source: Source, rows: Sequence[Row]) -> BuiltInFormat:
     kinds = [kind for kind in map(_Kind.of, FORMATS) if set(source.columns) <= set(kind.shape.names)]
     fits = [way for kind in kinds for way in _fitting(_bound(kind, source, columns), rows)]
     if len(fits) == 1:
-        if {"chosen", "rejected"} <= set(columns):
-            raise _pairs(source, f"to train on the conversations alone, write 'format: {fits[0].name}'")
+        _refuse_what_is_meant_otherwise(source, fits[0], rows)
         return fits[0]
     raise _ambiguous(source, fits) if fits else _unknown(source, columns)
+
+
+def _refuse_what_is_meant_otherwise(source: Source, fit: BuiltInFormat, rows: Sequence[Row]) -> None:
+    """Columns beside a fitting format's that make its meaning doubtful: to train on would be wrong, or worse than what was meant.
+
+    Raises:
+        FormatError: the rows are preference pairs or judged, or one column is nearly that of a format which fits better.
+    """
+    columns = _columns(rows)
+    write = f"write 'format: {fit.name}' beside the data set's path"
+    if {"chosen", "rejected"} <= set(columns):
+        raise _pairs(
+            source, f"to train on the conversations alone, {write}" if _converts(fit, rows) else "they are for preference objectives"
+        )
+    if "label" in fit.unused and all(isinstance(row.fields.get("label"), bool) for row in rows):
+        raise FormatError(
+            f"the rows are judged (column 'label'), which this objective does not use; to train on good and bad alike, {write}",
+            where=_where(source),
+        )
+    for kind in map(_Kind.of, FORMATS):
+        near = _near(kind, columns)
+        known = {*near, *(name for spelling in kind.shape.spellings for name in spelling.values())}
+        slips = [column for column in near.values() if column in fit.unused and column not in known]
+        if slips and set(near.values()) & set(fit.columns):
+            used = ", ".join(fit.required.values())
+            raise FormatError(
+                f"the rows fit {fit.name} ({used}), but the column '{slips[0]}' is nearly one of {kind.name}",
+                where=_where(source),
+                hint=f"Write 'format: {kind.name}' with 'columns: {_inline(near)}', or 'format: {fit.name}', beside the data set's path.",
+            )
+
+
+def _converts(fit: BuiltInFormat, rows: Sequence[Row]) -> bool:
+    """Whether at least half of the rows come to something to train on."""
+
+    def comes_to_something(row: Row) -> bool:
+        try:
+            return fit.convert(row) is not None
+        except (RowError, FormatError):
+            return False
+
+    return 2 * sum(map(comes_to_something, rows)) >= len(rows)
 
 
 def _bound(kind: _Kind, source: Source, columns: Sequence[str]) -> list[BuiltInFormat]:
@@ -272,13 +313,22 @@ def _no_column(source: Source, column: str, columns: Sequence[str]) -> FormatErr
 
 def _mapping_hint(kind: _Kind, columns: Sequence[str]) -> str | None:
     """What to write where every required field has a column of nearly its name."""
+    near = _near(kind, columns)
+    if not near:
+        return None
+    if any(all(spelling.get(given, given) == column for given, column in near.items()) for spelling in kind.shape.spellings):
+        return f"The columns are those of {kind.name}; write 'format: {kind.name}' to learn what is wrong with the rows."
+    return f"Did you mean 'format: {kind.name}' with 'columns: {_inline(near)}'?"
+
+
+def _near(kind: _Kind, columns: Sequence[str]) -> dict[str, str]:
+    """Field -> the column of (nearly) its name, where every required field has one of its own in one spelling; else nothing."""
     for spelling in kind.shape.spellings:
         near = {given: nearest(spelling.get(given, given), columns) for given in kind.shape.required}
-        if None not in near.values() and len(set(near.values())) == len(near):
-            if all(spelling.get(given, given) == column for given, column in near.items()):
-                return f"The columns are those of {kind.name}; write 'format: {kind.name}' to learn what is wrong with the rows."
-            return f"Did you mean 'format: {kind.name}' with 'columns: {_inline(near)}'?"
-    return None
+        found = {given: column for given, column in near.items() if column is not None}
+        if len(set(found.values())) == len(near):
+            return found
+    return {}
 
 
 def _pairs(source: Source, advice: str) -> FormatError:

@@ -151,6 +151,49 @@ def test_no_format_fits(fields: dict[str, Any], message: str, hint: str) -> None
     assert hint in found[1]
 
 
+@pytest.mark.parametrize(
+    ("fields", "message", "hint"),
+    [
+        (
+            {"instruktion": "a", "input": "", "output": "b"},
+            "the rows fit prompt_completion (input, output), but the column 'instruktion' is nearly one of alpaca",
+            "Write 'format: alpaca' with 'columns: {instruction: instruktion, output: output}', or 'format: prompt_completion', beside",
+        ),
+        (
+            {"messages": MESSAGES, "label": False},
+            "the rows are judged (column 'label'), which this objective does not use; to train on good and bad alike, "
+            "write 'format: messages' beside the data set's path",
+            "",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"}, "rejected": {}},
+            "preference pairs (columns 'chosen' and 'rejected'), which this objective does not use; they are for preference objectives",
+            "",
+        ),
+        (
+            {"messages": MESSAGES, "chosen": "b", "rejected": "c"},
+            "to train on the conversations alone, write 'format: messages' beside the data set's path",
+            "",
+        ),
+    ],
+)
+def test_rows_that_fit_but_mean_something_else(fields: dict[str, Any], message: str, hint: str) -> None:
+    said, advice = refusal(fields)
+    assert message in said and hint in advice
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": MESSAGES, "label": "sport"},
+        {"prompt": "a", "completion": "b", "tex": "c"},
+        {"question": "a", "answer": "b", "test": True, "id": 3},
+    ],
+)
+def test_other_columns_are_only_named(fields: dict[str, Any]) -> None:
+    assert "unused" in chosen(fields).describe()
+
+
 def test_rows_of_two_formats_are_ambiguous() -> None:
     assert "more than one format: alpaca" in refusal({"instruction": "a", "output": "b"}, {"text": "c"})[0]
 
