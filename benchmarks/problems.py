@@ -100,7 +100,7 @@ def as_tuple(value: Any) -> Outputs:
 
 def rms_norm(module: ModuleType, case: Case, dtype: torch.dtype, device: torch.device) -> Problem:
     rows, size = case["rows"], case["size"]
-    options = {name: case[name] for name in ("gemma", "offset") if name in case}
+    options = {name: case[name] for name in ("gemma", "offset", "through") if name in case}
     inputs = {"x": normal(rows, size, dtype=dtype, device=device), "weight": normal(size, dtype=dtype, device=device, scale=0.5)}
     if case.get("residual"):
         inputs["residual"] = normal(rows, size, dtype=dtype, device=device)
@@ -108,7 +108,7 @@ def rms_norm(module: ModuleType, case: Case, dtype: torch.dtype, device: torch.d
     def call(function: Callable[..., Any], given: Inputs, **more: Any) -> Outputs:
         return as_tuple(function(given["x"], given["weight"], EPS, residual=given.get("residual"), **options, **more))
 
-    passes = 8 if case.get("residual") else 5  # x, y; x, dy, dx; with a residual also itself, the sum, and the sum's gradient
+    passes = 8 if case.get("residual") else 6 if case.get("through") else 5  # x, y; x, dy, dx; what is added or returned, its gradient
     return Problem(
         inputs,
         lambda given, impl: call(module.rms_norm, given, impl=impl),

@@ -10,16 +10,18 @@ Two families round differently, and a fast path keeps the order of the model it 
     Llama, Qwen, Mistral (gemma=False)     x * rstd is rounded to x's type, then multiplied by the weight
     Gemma (offset 1), OLMo 2 (offset 0)    everything in fp32, rounded once
 
-With a residual, x is first replaced by x + residual, rounded to x's type, and returned too: it is the next residual.
+With a residual, x is first replaced by x + residual, rounded to x's type, and returned too: it is the next residual. Without one, x itself
+can be returned too (`through`), for a layer that norms x and adds x later: that is no copy, and x's two gradients meet in the backward pass
+below instead of in an addition of their own.
 
 Backward, with g = dy * s (rounding counts as the identity, as in autograd):
 
-    dx      = rstd * (g - x * rstd^2 * mean(g * x))  [+ the gradient of the sum that was returned]
+    dx      = rstd * (g - x * rstd^2 * mean(g * x))  [+ the gradient of the sum, or of the x, that was returned]
     dweight = sum over rows of dy * x * rstd
 
 Saved: x (or the sum), the weight, and rstd, one number a row. The plain module keeps an fp32 copy of x and of the normed x as well.
-Bytes a row in half precision: forward 4 H (8 H with a residual), backward 6 H (8 H); FLOPs: about 4 H and 8 H. So memory bandwidth is
-the only limit, and passes over it are what is saved.
+Bytes a row in half precision: forward 4 H (8 H with a residual), backward 6 H (8 H with one, or with x through, where autograd's own
+addition takes 6 H more); FLOPs: about 4 H and 8 H. So memory bandwidth is the only limit, and passes over it are what is saved.
 """
 
 from __future__ import annotations
@@ -37,8 +39,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rows": 7, "size": 576}),
     ("llama odd", {"rows": 5, "size": 33}),
     ("llama residual", {"rows": 6, "size": 64, "residual": True}),
+    ("llama through", {"rows": 5, "size": 48, "through": True}),
     ("gemma", {"rows": 5, "size": 2050, "gemma": True, "offset": 1.0}),
     ("gemma residual", {"rows": 3, "size": 33, "gemma": True, "offset": 1.0, "residual": True}),
+    ("gemma through", {"rows": 4, "size": 65, "gemma": True, "offset": 1.0, "through": True}),
     ("olmo heads", {"rows": 40, "size": 16, "gemma": True}),
     ("one row", {"rows": 1, "size": 128}),
     ("no rows", {"rows": 0, "size": 8, "residual": True}),
@@ -65,6 +69,7 @@ def rms_norm(
     offset: float = 0.0,
     gemma: bool = False,
     residual: torch.Tensor | None = None,
+    through: bool = False,
     out_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -77,11 +82,12 @@ def rms_norm(
         offset: Added to the weight (Gemma: 1); only with `gemma`.
         gemma: Round once, at the end; else round before the weight, as Llama does.
         residual: Added to x first, of x's shape. The sum is in the wider of the two types.
+        through: Return x too, with no copy: use it wherever x is used beside this norm. With a residual the sum is returned anyway.
         out_dtype: Type of y. Default: what the plain module gives, so x's with `gemma` and the wider of x's and the weight's without.
         impl: Who computes. fp64, and on the fast paths whatever else they do not know, is always left to torch.
 
     Returns:
-        y [..., H], or (y, x + residual) with a residual.
+        y [..., H], or (y, x + residual) with a residual, or (y, x) with `through`.
 
     Raises:
         ValueError: shapes that do not fit, an offset without `gemma`, or an unknown `impl`.
@@ -94,9 +100,11 @@ def rms_norm(
         raise ValueError("an offset goes with gemma=True: Llama's rounding knows none")
     if residual is not None and (wider := torch.promote_types(x.dtype, residual.dtype)) is not x.dtype:
         x, residual = residual.to(wider), x  # the sum is symmetric and has the type of the first
+    if residual is not None and x.device.type == "cpu":
+        residual = residual.to(x.dtype)  # exact: C takes one type for both
     out_dtype = out_dtype or _plain_dtype(x, weight, gemma)
     kernels = rms_norm_kernels(impl, x, weight, residual, out_dtype)
-    settings = (eps, offset, gemma, out_dtype, kernels)
+    settings = (eps, offset, gemma, through, out_dtype, kernels)
     y, summed = cast("Outputs", _RmsNorm.apply(x, weight, residual, *settings))  # pyright: ignore[reportUnknownMemberType]
     return y if summed is None else (y, summed)
 
@@ -109,6 +117,7 @@ def rms_norm_reference(
     offset: float = 0.0,
     gemma: bool = False,
     residual: torch.Tensor | None = None,
+    through: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`rms_norm` written as the models write it, for autograd: the oracle of the tests and the baseline of the benchmarks."""
@@ -120,7 +129,7 @@ def rms_norm_reference(
         y = normed if weight is None else normed * (offset + weight.to(wide.dtype))
     else:
         y = normed.to(summed.dtype) if weight is None else weight * normed.to(summed.dtype)
-    return y.to(out_dtype) if residual is None else (y.to(out_dtype), summed)
+    return (y.to(out_dtype), summed) if through or residual is not None else y.to(out_dtype)
 
 
 def rms_norm_kernels(
@@ -159,6 +168,7 @@ class _RmsNorm(torch.autograd.Function):
         eps: float,
         offset: float,
         gemma: bool,
+        through: bool,
         out_dtype: torch.dtype,
         kernels: Kernels,
     ) -> Outputs:
@@ -168,7 +178,7 @@ class _RmsNorm(torch.autograd.Function):
         y, summed, rstd = kernels.forward(rows, weight, eps, offset, gemma, added, out_dtype)
         ctx.offset, ctx.gemma, ctx.kernels, ctx.shape = offset, gemma, kernels, x.shape
         ctx.residual_dtype = None if residual is None else residual.dtype
-        whole = None if summed is None else summed.view(x.shape)
+        whole = summed.view(x.shape) if summed is not None else x if through else None
         if whole is not None and not (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]):
             ctx.mark_non_differentiable(whole)  # only the weight is trained
         ctx.save_for_backward(x if whole is None else whole, weight, rstd)
@@ -185,11 +195,11 @@ class _RmsNorm(torch.autograd.Function):
             dx, dw = dsummed, torch.zeros_like(weight) if trained else None
         else:
             size = (-1, ctx.shape[-1])
-            through = None if dsummed is None else dsummed.reshape(size)
-            dx, dw = ctx.kernels.backward(dy.reshape(size), through, x.reshape(size), weight, rstd, ctx.offset, ctx.gemma, trained)
+            added = None if dsummed is None else dsummed.reshape(size)
+            dx, dw = ctx.kernels.backward(dy.reshape(size), added, x.reshape(size), weight, rstd, ctx.offset, ctx.gemma, trained)
             dx = dx.view(ctx.shape)
         dresidual = None if ctx.residual_dtype is None or dx is None else dx.to(ctx.residual_dtype)
-        return dx, dw.to(weight.dtype) if weight is not None and dw is not None else None, dresidual, *(None,) * 5
+        return dx, dw.to(weight.dtype) if weight is not None and dw is not None else None, dresidual, *(None,) * 6
 
 
 def rms_norm_forward(

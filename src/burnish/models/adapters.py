@@ -198,7 +198,7 @@ def projection(layer: Any) -> Projection | None:
     if not is_lora_layer(layer):
         return _plain(layer)
     base = _plain(layer.get_base_layer())
-    if base is None or layer.merged or _hooked(layer):
+    if base is None or layer.merged or is_hooked(layer):
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or not active:
@@ -218,7 +218,7 @@ def projection(layer: Any) -> Projection | None:
 def _plain(layer: Any) -> Projection | None:
     """A linear layer that is its weight, however stored, and its bias and nothing else."""
     weight = weight_of(layer)
-    return Projection(weight, layer.bias) if weight is not None and not _hooked(layer) else None
+    return Projection(weight, layer.bias) if weight is not None and not is_hooked(layer) else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -253,7 +253,7 @@ def experts_of(module: Any) -> Experts | None:
     while isinstance(inner, ParamWrapper):
         name, layer, inner = inner.parameter_name, inner, inner.base_layer
         active = [] if layer.disable_adapters else [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-        if layer.merged or len(active) > 1 or name not in _EXPERT_WEIGHTS or name in loras or _hooked(inner):
+        if layer.merged or len(active) > 1 or name not in _EXPERT_WEIGHTS or name in loras or is_hooked(inner):
             return None
         loras[name] = _expert_lora(layer, active[0]) if active else None
         if active and loras[name] is None:
@@ -298,7 +298,8 @@ def _expert_lora(layer: Any, name: str) -> ExpertLora | None:
     return ExpertLora(*each, layer.scaling[name])
 
 
-def _hooked(layer: nn.Module) -> bool:
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether something else runs when the module is called, before or after its forward."""
     return any(vars(layer)[kind] for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
 
 

@@ -27,7 +27,7 @@ def inputs(case, dtype, weight_dtype=None, seed=0):
 
 
 def flags(case):
-    return {key: case[key] for key in ("gemma", "offset") if key in case}
+    return {key: case[key] for key in ("gemma", "offset", "through") if key in case}
 
 
 def run(norm, case, parts, **options):
@@ -68,6 +68,7 @@ def test_gradients_are_the_derivatives(gemma):
         return rms_norm(x, weight, EPS, residual=residual, **flags(case))
 
     assert torch.autograd.gradcheck(function, parts)
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, EPS, through=True, **flags(case)), parts[:2])
     assert torch.autograd.gradcheck(lambda x, weight: rms_norm_reference(x, weight, EPS, **flags(case)), parts[:2])
 
 
@@ -161,17 +162,55 @@ def test_frozen_inputs_get_no_gradient(trained):
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_one_output_alone_may_be_used(used):
-    parts = inputs({"rows": 4, "size": 8, "residual": True}, torch.float64)
+@pytest.mark.parametrize("second", ["residual", "through"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_one_output_alone_may_be_used(used, second, dtype):
+    parts = inputs({"rows": 4, "size": 8, "residual": second == "residual"}, dtype)
+    leaves = [part for part in parts if part is not None]
     for norm in (rms_norm, rms_norm_reference):
-        norm(parts[0], parts[1], EPS, residual=parts[2])[used].square().sum().backward()
-        found = [torch.zeros_like(part) if part.grad is None else part.grad.clone() for part in parts]
+        norm(parts[0], parts[1], EPS, residual=parts[2], through=second == "through")[used].square().sum().backward()
+        found = [torch.zeros_like(part) if part.grad is None else part.grad.clone() for part in leaves]
         if norm is rms_norm:
             mine = found
-        for part in parts:
+        for part in leaves:
             part.grad = None
     for a, b in zip(mine, found, strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, **({"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {}))
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_x_goes_through_without_a_copy_and_its_gradients_meet_in_one_node(impl):
+    x, weight, _ = inputs({"rows": 4, "size": 8}, torch.float32)
+    above = x * 2
+    y, same = rms_norm(above, weight, EPS, through=True, impl=impl)
+    assert same.data_ptr() == above.data_ptr()
+    assert same.grad_fn is y.grad_fn  # so `above` is used once, and autograd has nothing to add to it
+    assert torch.equal(rms_norm(above, weight, EPS, impl=impl), y)
+    with torch.no_grad():
+        assert torch.equal(rms_norm(above, weight, EPS, through=True, impl=impl)[1], above)
+
+
+@pytest.mark.parametrize("trained", [(True, False), (False, True)])
+def test_a_frozen_x_goes_through(trained):
+    case = {"rows": 4, "size": 8, "through": True}
+    x, weight, _ = inputs(case, torch.float64)
+    parts = (x.detach().requires_grad_(trained[0]), weight.detach().requires_grad_(trained[1]), None)
+    for mine, theirs in zip(run(rms_norm, case, parts), run(rms_norm_reference, case, parts), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert rms_norm(parts[0], parts[1], EPS, through=True)[1].requires_grad == trained[0]
+
+
+def test_native_adds_a_narrower_residual(monkeypatch):
+    """The residual stream in fp32 and a branch in bf16, as under autocast."""
+    if not native.ready():
+        pytest.skip("no compiler")
+    x, weight, residual = inputs({"rows": 4, "size": 8, "residual": True}, torch.float32)
+    calls = []
+    right = native.rms_norm_forward
+    monkeypatch.setattr(native, "rms_norm_forward", lambda *given: calls.append(1) or right(*given))
+    _, summed = rms_norm(x.detach().bfloat16(), weight, EPS, residual=residual)
+    assert calls == [1]
+    assert torch.equal(summed, x.bfloat16() + residual)
 
 
 def test_without_a_weight():

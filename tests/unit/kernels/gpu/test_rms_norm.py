@@ -25,7 +25,7 @@ def inputs(case, dtype, seed=0):
 
 def run(norm, case, parts, **options):
     x, weight, residual = parts
-    flags = {key: case[key] for key in ("gemma", "offset") if key in case}
+    flags = {key: case[key] for key in ("gemma", "offset", "through") if key in case}
     outputs = norm(x, weight, EPS, residual=residual, **flags, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(1)
