@@ -45,15 +45,41 @@ class Gated:
 
 
 @dataclass(frozen=True, slots=True)
+class Layer:
+    """A decoder layer h = h + attention(norm(h)), h = h + feed_forward(norm(h)).
+
+    Attributes:
+        norms: The norms before `self_attn` and before the feed-forward.
+        feed_forward: The feed-forward's name.
+        after: What each of the two branches goes through before it is added: a norm, a dropout.
+        scale: The attribute that multiplies each branch before it is added.
+    """
+
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    feed_forward: str = "mlp"
+    after: tuple[str, str] | None = None
+    scale: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
-    """The slots of one family, and the names of the submodules of a layer that fill them."""
+    """The slots of one family, and the names of the submodules of a layer that fill them; no layer where it begins without a norm."""
 
     norm: Norm = field(default=Norm())
     attention: Attention = field(default=Attention())
     mlp: Gated = field(default=Gated())
+    layer: Layer | None = field(default=Layer())
 
 
-_PHI = Family(attention=Attention(("qkv_proj",), window="config"), mlp=Gated(("gate_up_proj",), "activation_fn"))
+_PHI = Family(
+    attention=Attention(("qkv_proj",), window="config"),
+    mlp=Gated(("gate_up_proj",), "activation_fn"),
+    layer=Layer(after=("resid_attn_dropout", "resid_mlp_dropout")),
+)
+_SANDWICH = Layer(
+    norms=("input_layernorm", "pre_feedforward_layernorm"),
+    after=("post_attention_layernorm", "post_feedforward_layernorm"),
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
@@ -65,13 +91,13 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(attention=Attention(window="module")),
     "qwen3_moe": Family(attention=Attention(norms="head", window="module")),
     "gemma": Family(norm=Norm(1.0, late=True)),
-    "gemma2": Family(norm=Norm(1.0, late=True), attention=Attention(window="module", softcap=True)),
-    "gemma3_text": Family(norm=Norm(1.0, late=True), attention=Attention(norms="head", window="module")),
+    "gemma2": Family(norm=Norm(1.0, late=True), attention=Attention(window="module", softcap=True), layer=_SANDWICH),
+    "gemma3_text": Family(norm=Norm(1.0, late=True), attention=Attention(norms="head", window="module"), layer=_SANDWICH),
     "phi3": _PHI,
-    "granite": Family(),
-    "granitemoe": Family(),
+    "granite": Family(layer=Layer(scale="residual_multiplier")),
+    "granitemoe": Family(layer=Layer(feed_forward="block_sparse_moe", scale="residual_multiplier")),
     "olmoe": Family(attention=Attention(norms="whole")),
-    "olmo2": Family(norm=Norm(late=True), attention=Attention(norms="whole")),
-    "olmo3": Family(norm=Norm(late=True), attention=Attention(norms="whole", window="module")),
+    "olmo2": Family(norm=Norm(late=True), attention=Attention(norms="whole"), layer=None),
+    "olmo3": Family(norm=Norm(late=True), attention=Attention(norms="whole", window="module"), layer=None),
 }
 """Rows by `config.model_type`. SmolLM and Yi are Llama, Qwen 2.5 is Qwen 2, Phi-4 is Phi-3."""

@@ -1,4 +1,4 @@
-"""The fast modules: what stands in for a model's own norm, linear layer, feed-forward and attention.
+"""The fast modules: what stands in for a model's own norm, linear layer, feed-forward, attention and layer.
 
 Each is a plain function `forward(module, ...)` that reads everything from the module that it stands in for, at every call. So an adapter
 that is switched off, weights that are moved or replaced, and dropout that comes and goes with `train()` are seen as they are, and whatever
@@ -9,6 +9,7 @@ a fast module does not know (a cache while decoding, a stranger's adapter) goes 
     mlp         kernels.lora: gate, up, activation and down as one node that keeps no product
     experts     kernels.experts: the feed-forwards of a mixture, adapters as thin products instead of merged weights
     attention   kernels.lora for the projections of one input together, kernels.rope, then the attention that packing installed
+    layer       kernels.rms_norm with the residual stream: of a layer's four additions, forward and backward, one stays by itself
 """
 
 # transformers, PEFT and torch are only partly typed.
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from burnish.kernels.experts import expert_mlp
@@ -30,8 +32,8 @@ from burnish.kernels.lora import lora_stack
 from burnish.kernels.lora_mlp import lora_mlp
 from burnish.kernels.rms_norm import rms_norm
 from burnish.kernels.rope import rope
-from burnish.models.adapters import experts_of, is_lora_layer, projection
-from burnish.models.families import Attention, Family, Gated, Norm
+from burnish.models.adapters import experts_of, is_hooked, is_lora_layer, projection
+from burnish.models.families import Attention, Family, Gated, Layer, Norm
 
 _ACTIVATIONS: dict[str, GluKind] = {
     "SiLUActivation": "silu",
@@ -41,10 +43,13 @@ _ACTIVATIONS: dict[str, GluKind] = {
     "GELUActivation": "gelu",
 }
 
+_LAYERS_CHECKPOINT_IN_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
+"""Releases of transformers differ in what recomputes a layer: its class's `forward`, which a replacement stands in for, or `__call__`."""
+
 
 def replacement(module: nn.Module, family: Family) -> tuple[str, Callable[..., Any]] | None:
     """The slot that a module can fill in this family, and the fast forward for it; None where there is none."""
-    if type(module).__name__.endswith("RMSNorm"):
+    if _is_norm(module):
         return "norm", partial(norm_forward, family.norm)
     if _has(module, *family.attention.projections, "o_proj", "head_dim", "scaling"):
         return "attention", partial(attention_forward, family.attention)
@@ -54,13 +59,14 @@ def replacement(module: nn.Module, family: Family) -> tuple[str, Callable[..., A
         return "experts", experts_forward
     if is_lora_layer(module):
         return "linear", linear_forward
+    if family.layer is not None and _has(module, "self_attn") and _fits(family.layer, module):
+        return "layer", partial(layer_forward, family.layer, family.norm)
     return None
 
 
 def norm_forward(norm: Norm, module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """A root-mean-square norm over the last dimension."""
-    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    made = rms_norm(hidden_states, module.weight, eps, offset=norm.offset, gemma=norm.late)
+    made = rms_norm(hidden_states, module.weight, _eps(module), offset=norm.offset, gemma=norm.late)
     assert isinstance(made, torch.Tensor)  # a pair only where a residual is given
     return made
 
@@ -130,6 +136,57 @@ def attention_forward(
         **options,
     )
     return _project(output.reshape(*shape, -1), [module.o_proj])[0], weights
+
+
+def layer_forward(layer: Layer, norm: Norm, module: Any, hidden_states: torch.Tensor, *inputs: Any, **options: Any) -> torch.Tensor:
+    """A whole layer of [B, T, H]; recomputed as the model's own is where that is switched on."""
+    again = _LAYERS_CHECKPOINT_IN_FORWARD and module.training and getattr(module, "gradient_checkpointing", False)
+    cached = options.get("past_key_values") is not None or options.get("use_cache")  # which the model's own takes away to recompute
+    asked = options.get("output_attentions") or options.get("output_router_logits")
+    if inputs or asked or (again and cached) or not _fits(layer, module):
+        return type(module).forward(module, hidden_states, *inputs, **options)
+    run = partial(_layer, layer, norm, module, options)
+    return module._gradient_checkpointing_func(run, hidden_states) if again else run(hidden_states)
+
+
+def _layer(layer: Layer, norm: Norm, module: Any, options: dict[str, Any], hidden_states: torch.Tensor) -> torch.Tensor:
+    """Both branches; the residual stream goes through the norms, so that no addition but the last stands by itself."""
+    first, second = (getattr(module, name) for name in layer.norms)
+    rounding: dict[str, Any] = {"offset": norm.offset, "gemma": norm.late}
+    x, residual = rms_norm(hidden_states, first.weight, _eps(first), through=True, **rounding)
+    known = {"position_embeddings": None, "attention_mask": None, "past_key_values": None}
+    branch, _ = module.self_attn(hidden_states=x, **{**known, **options})
+    x, residual = rms_norm(_added(layer, 0, module, branch), second.weight, _eps(second), residual=residual, **rounding)
+    return residual + _added(layer, 1, module, getattr(module, layer.feed_forward)(x))
+
+
+def _added(layer: Layer, which: int, module: Any, branch: torch.Tensor) -> torch.Tensor:
+    """What is added to the residual stream of a branch's output."""
+    if layer.after is not None:
+        branch = getattr(module, layer.after[which])(branch)
+    return branch if layer.scale is None else branch * getattr(module, layer.scale)
+
+
+def _fits(layer: Layer, module: nn.Module) -> bool:
+    """Whether a module is built like this, and its norms run no code but the family's, which is all that a fast layer runs."""
+    scale = (layer.scale,) if layer.scale is not None else ()
+    if not _has(module, layer.feed_forward, *layer.norms, *(layer.after or ()), *scale):
+        return False
+    norms: list[nn.Module] = [getattr(module, name) for name in layer.norms]
+    return all(_is_norm(norm) and not is_hooked(norm) and _is_ours(vars(norm).get("forward")) for norm in norms)
+
+
+def _is_ours(forward: Any) -> bool:
+    """Whether an instance's forward is the fast norm's, or none."""
+    return forward is None or getattr(getattr(forward, "__func__", None), "func", None) is norm_forward
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm")
+
+
+def _eps(norm: Any) -> float:
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
 def _queries_keys_values(attention: Attention, module: Any, x: torch.Tensor) -> list[torch.Tensor]:

@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
 SMALL: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -38,15 +40,25 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3-moe": (
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
-        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        {"head_dim": 16, **MIXTURE},
     ),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {}),
 }
 
+MORE_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", {"head_dim": 16}),
+    "ministral": ("MinistralForCausalLM", "MinistralConfig", {"head_dim": 16}),
+    "olmo3": ("Olmo3ForCausalLM", "Olmo3Config", {}),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2-moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", {**MIXTURE, "shared_expert_intermediate_size": 32}),
+    "granitemoe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", {"num_local_experts": 4, "residual_multiplier": 0.5}),
+}
+"""Those that differ from one above in what stands where in a layer, and in little else."""
+
 
 def build(family: str, **changes: Any) -> Any:
     """A random model of the family, the same one at every call, whose weights are all visibly non-trivial."""
-    model_class, config_class, extra = FAMILIES[family]
+    model_class, config_class, extra = {**FAMILIES, **MORE_FAMILIES}[family]
     fields = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64} if family == "gpt2" else {**SMALL, **extra}
     config = getattr(transformers, config_class)(**{**fields, **changes})
     torch.manual_seed(0)

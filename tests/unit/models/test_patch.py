@@ -17,11 +17,13 @@ from burnish.models.adapters import attach, experts_of
 from burnish.models.families import FAMILIES, Norm
 from burnish.models.policy import Policy
 
-from .conftest import build
+from .conftest import MORE_FAMILIES, build
 
 ROWS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "granite", "mixtral", "qwen3-moe"]
-SLOTS = {"norm", "attention", "mlp"}
+SLOTS = {"norm", "attention", "mlp", "layer"}
 MIXTURES = {"mixtral", "qwen3-moe"}
+POST_NORM = {"olmo2", "olmo3"}
+CHANGES = {"granite": {"residual_multiplier": 0.3}}
 
 
 def adapted(model, **settings):
@@ -70,15 +72,32 @@ def policies(model, **options):
     "adapter", [None, {}, {"use_dora": True}, {"use_rslora": True, "lora_alpha": 3}], ids=["full", "lora", "dora", "rslora"]
 )
 def test_patched_is_unpatched(family, adapter):
-    model = build(family)
-    if family in MIXTURES:
-        model.set_experts_implementation("eager")  # the grouped product knows no fp64
-    model = (model if adapter is None else adapted(model, **adapter)).double().train()
-    fast, plain = policies(model)
+    model = build(family, **CHANGES.get(family, {}))
+    assert_patched_is_unpatched(family, model if adapter is None else adapted(eager(model), **adapter))
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_so_it_is_in_the_other_families(family):
+    assert_patched_is_unpatched(family, build(family))
+
+
+def assert_patched_is_unpatched(family, model):
+    fast, plain = policies(eager(model).double().train())
     slots = fast.kernels.slots
-    assert {name for name, slot in slots.items() if slot.replaced} >= (SLOTS - {"mlp"} | {"experts"} if family in MIXTURES else SLOTS)
+    expected = SLOTS - ({"layer"} if family in POST_NORM else set())
+    if hasattr(model.config, "num_experts_per_tok"):
+        expected = expected - {"mlp"} | {"experts"}
+    assert {name for name, slot in slots.items() if slot.replaced} >= expected
+    assert ("layer" in slots) == (family not in POST_NORM)
     assert not [slot.refused for slot in slots.values() if slot.refused], fast.kernels.line()
     assert_same(outcome(fast), outcome(plain), 1e-6)
+
+
+def eager(model):
+    """The grouped product of experts knows no fp64."""
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")
+    return model
 
 
 def with_experts(family, targets="all"):
@@ -168,7 +187,7 @@ def test_other_layouts_of_experts_are_left_alone():
 
 def test_the_report_is_one_line():
     fast, plain = policies(build("llama"))
-    assert fast.kernels.line() == "kernels: fast, each proven against the model's own: attention 2/2, mlp 2/2, norm 5/5"
+    assert fast.kernels.line() == "kernels: fast, each proven against the model's own: layer 2/2, attention 2/2, mlp 2/2, norm 5/5"
     assert plain.kernels.line() == "kernels: the model's own (switched off)"
     other = Policy(build("gpt2"))
     assert other.kernels.line() == "kernels: the model's own (no fast modules for gpt2)"
@@ -181,6 +200,7 @@ def test_a_wrong_row_costs_speed_only(monkeypatch):
     norm = fast.kernels.slots["norm"]
     assert (norm.found, norm.replaced) == (5, 0)
     assert "its output is off by" in next(iter(norm.refused))
+    assert fast.kernels.slots["layer"].replaced == 0
     assert fast.kernels.slots["mlp"].replaced == 2
     assert_same(outcome(fast), outcome(plain), 1e-5)
 

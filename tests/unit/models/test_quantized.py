@@ -46,6 +46,7 @@ def test_patched_is_unpatched(folder, kind, adapter):
     fast, plain = policies(folder, kind, **adapter)
     slots = fast.kernels.slots
     assert {name: (slot.replaced, slot.found) for name, slot in slots.items()} == {
+        "layer": (2, 2),
         "attention": (2, 2),
         "linear": (14, 14),
         "mlp": (2, 2),
