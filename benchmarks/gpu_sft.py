@@ -4,30 +4,39 @@
     python -m benchmarks.gpu_sft --sizes 1b --modes lora --variants burnish,plain --json gpu.json
     python -m benchmarks.gpu_sft --tiny                                two small layers on a CPU, to see that all of it runs
 
-burnish   Policy and its kernels, flat batches
-plain     transformers with PEFT, its own sdpa attention and loss, rows of equal length
-liger     plain, with Liger's kernels
-trl       SFTTrainer's step (stock settings but for checkpointing), timed between optimiser steps
-unsloth   FastLanguageModel, gradient checkpointing off
+burnish        Policy and its kernels, flat batches
+plain          transformers with PEFT, its own sdpa attention and loss, rows of equal length
+liger          plain, with Liger's kernels
+trl            SFTTrainer's step (stock settings but for checkpointing), timed between optimiser steps
+trl-liger      the same with Liger's kernels, the fastest that TRL has
+unsloth        FastLanguageModel, gradient checkpointing off
+unsloth-stock  the same with checkpointing "unsloth", as its examples have it
 
-Every micro-step has 8 rows of 2048 tokens, each one document, every token trained, so that all variants do the same work. Each runs in a
-process of its own; where memory does not suffice it is tried again with activation checkpointing, and the line says so. MFU counts
-useful FLOPs only (benchmarks/roofline.py) and refers to the card's 989 TFLOP/s; peak memory is what torch has allocated.
+Every micro-step has 8 rows of 2048 tokens, each one document, every token trained, so that all variants do the same work. Each variant has
+a process of its own; all load at once, and then they take turns. Where memory does not suffice a task is tried again with activation
+checkpointing, and the line says so. MFU counts useful FLOPs only (benchmarks/roofline.py) and refers to the card's 989 TFLOP/s; peak memory
+is what torch has allocated.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import importlib.util
 import json
 import os
+import queue
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +45,18 @@ import torch
 from benchmarks.roofline import CARDS, SHAPES, useful_flops
 
 ROOT = Path(__file__).resolve().parents[1]
-VARIANTS = ("burnish", "plain", "liger", "trl", "unsloth")
-NEEDS = {"liger": "liger_kernel", "trl": "trl", "unsloth": "unsloth"}
-MEMORY, FAILED = 3, 1  # exit codes of a child
+NEEDS: dict[str, tuple[str, ...]] = {
+    "burnish": (),
+    "plain": (),
+    "liger": ("liger_kernel",),
+    "trl": ("trl",),
+    "trl-liger": ("trl", "liger_kernel"),
+    "unsloth": ("unsloth",),
+    "unsloth-stock": ("unsloth",),
+}
+"""The variants, and the packages that each needs."""
+ANSWER = "answer: "
+"""What a process's lines begin with that are meant for us; libraries print others."""
 
 Step = Callable[[], "float | torch.Tensor"]
 """Forward, backward and update of one micro-step; returns the mean loss."""
@@ -86,20 +104,20 @@ class Task:
 def main() -> int:
     options = parse()
     if options.child:
-        return child(Task(**json.loads(options.child)))
+        return serve(options.child)
     lines: list[dict[str, Any]] = []
     print(f"{'':26}{'tokens/s':>10}{'min':>9}{'max':>9}{'MFU':>8}{'MiB':>9}{'loss':>9}  ")
-    for size in options.sizes.split(","):
-        for mode in options.modes.split(","):
-            for variant in options.variants.split(","):
-                if variant in NEEDS and importlib.util.find_spec(NEEDS[variant]) is None:
-                    continue
-                task = Task(variant, size, mode, options.rows, options.length, options.steps, options.warmup)
-                if options.profile:
-                    task = replace(task, profile=str(options.profile.resolve()))
-                lines.append(attempt(task, options.timeout))
-                if options.json:
-                    options.json.write_text(json.dumps({"versions": versions(), "lines": lines}, indent=1) + "\n")
+    variants = [v for v in options.variants.split(",") if all(importlib.util.find_spec(name) for name in NEEDS[v])]
+    for mode in options.modes.split(","):
+        workers = {variant: Worker(variant) for variant in variants}
+        for size, variant in product(options.sizes.split(","), variants):
+            folder = str(options.profile.resolve()) if options.profile else ""
+            task = Task(variant, size, mode, options.rows, options.length, options.steps, options.warmup, profile=folder)
+            lines.append(attempt(workers[variant], task, options.timeout))
+            if options.json:
+                options.json.write_text(json.dumps({"versions": versions(), "lines": lines}, indent=1) + "\n")
+        for worker in workers.values():
+            worker.close()
     return 0 if all("tokens_per_second" in line for line in lines) else 1
 
 
@@ -107,12 +125,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="1b,3b,8b")
     parser.add_argument("--modes", default="lora,full")
-    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--variants", default=",".join(NEEDS))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one process")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warmup", type=int, default=6)
+    parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one task")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=Path, help="folder for tables of what a step's time went into")
@@ -128,25 +146,65 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "python": sys.version.split()[0], "device": name}
 
 
-def attempt(task: Task, timeout: float) -> dict[str, Any]:
-    """The line of a task, in a process of its own: with checkpointing where it does not fit without."""
-    command = [sys.executable, "-m", "benchmarks.gpu_sft", "--child", json.dumps(asdict(task))]
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
-    environment = {**os.environ, **offline, "UNSLOTH_COMPILE_LOCATION": str(Path(tempfile.gettempdir(), "unsloth_compiled"))}
-    line: dict[str, Any] = asdict(task)
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
-    except subprocess.TimeoutExpired:
-        line["failed"] = f"longer than {timeout:.0f} s"
-    else:
-        if done.returncode == MEMORY and not task.checkpoint:
-            return attempt(replace(task, checkpoint=True), timeout)
-        if done.returncode == 0:
-            line |= json.loads(done.stdout.splitlines()[-1])
-            line["kernels"] = "".join(text for text in done.stderr.splitlines() if text.startswith("kernels: "))
+class Worker:
+    """A process that has loaded what a variant needs, and does tasks."""
+
+    def __init__(self, variant: str) -> None:
+        self.variant = variant
+        self._start()
+
+    def _start(self) -> None:
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+        environment = {**os.environ, **offline, "UNSLOTH_COMPILE_LOCATION": str(Path(tempfile.gettempdir(), f"unsloth_{self.variant}"))}
+        command = [sys.executable, "-m", "benchmarks.gpu_sft", "--child", self.variant]
+        self._errors = tempfile.TemporaryFile("w+")  # open as long as the process
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
+        )
+        self._answers: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._listen, args=(self._process, self._answers), daemon=True).start()
+
+    @staticmethod
+    def _listen(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(ANSWER):
+                answers.put(line.removeprefix(ANSWER))
+        answers.put("")  # it has ended
+
+    def ask(self, task: Task, timeout: float) -> dict[str, Any]:
+        """What came of a task. A process that has ended is started again for the next one."""
+        assert self._process.stdin is not None
+        try:
+            print(json.dumps(asdict(task)), file=self._process.stdin, flush=True)
+            answer = self._answers.get(timeout=timeout)
+        except queue.Empty:
+            answer, failed = "", f"longer than {timeout:.0f} s"
+        except BrokenPipeError:
+            answer, failed = "", self._last_words()
         else:
-            last = [text for text in done.stderr.splitlines() if text.strip()][-1:]
-            line["failed"] = "out of memory" if done.returncode == MEMORY else "".join(last)
+            failed = self._last_words()
+        if answer:
+            return json.loads(answer)
+        self.close()
+        self._start()
+        return {"failed": failed}
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        return "".join([text for text in self._errors.read().splitlines() if text.strip()][-1:]) or "ended without a word"
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._errors.close()
+
+
+def attempt(worker: Worker, task: Task, timeout: float) -> dict[str, Any]:
+    """The line of a task: with checkpointing where it does not fit without."""
+    line = {**asdict(task), **worker.ask(task, timeout)}
+    if line.get("failed") == "out of memory" and not task.checkpoint:
+        return attempt(worker, replace(task, checkpoint=True), timeout)
     show(task, line)
     return line
 
@@ -165,30 +223,53 @@ def show(task: Task, line: dict[str, Any]) -> None:
 # One process
 
 
-def child(task: Task) -> int:
-    try:
-        found = measure(task)
-    except torch.OutOfMemoryError as error:
-        print(str(error).splitlines()[0], file=sys.stderr)
-        return MEMORY
-    print(json.dumps(found))
+def serve(variant: str) -> int:
+    """Loads, then does one task a line until there are no more."""
+    load(variant)
+    for line in sys.stdin:
+        task = Task(**json.loads(line))
+        try:
+            found = measure(task)
+        except torch.OutOfMemoryError as error:
+            print(str(error).splitlines()[0], file=sys.stderr)
+            found = {"failed": "out of memory"}
+        except Exception as error:  # whatever a library raises is this task's result
+            traceback.print_exc()
+            found = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        print(ANSWER + json.dumps(found), flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     return 0
 
 
+def load(variant: str) -> None:
+    """The slow imports."""
+    for name in ("unsloth", "trl", "liger_kernel.transformers"):  # unsloth before transformers, or it refuses
+        if name.split(".")[0] in NEEDS[variant]:
+            importlib.import_module(name)
+    importlib.import_module("peft")
+    if variant == "burnish":
+        importlib.import_module("burnish.models.policy")
+
+
 def measure(task: Task) -> dict[str, Any]:
-    seconds, losses = {"trl": by_trainer}.get(task.variant, by_step)(task)
+    notes: list[str] = []
+    seconds, losses = by_trainer(task) if task.variant.startswith("trl") else by_step(task, notes)
     rates = sorted(task.rows * task.length / s for s in seconds)
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {
         "tokens_per_second": {"median": statistics.median(rates), "min": rates[0], "max": rates[-1]},
         "memory": memory,
+        "seconds": seconds,
         "loss": losses[0],  # of the first step: the same weights, rows and mathematics for everyone
+        "kernels": "".join(notes),
     }
 
 
-def by_step(task: Task) -> tuple[list[float], list[float]]:
-    builders = {"burnish": burnish_step, "plain": plain_step, "liger": plain_step, "unsloth": unsloth_step}
-    step = builders[task.variant](task)
+def by_step(task: Task, notes: list[str]) -> tuple[list[float], list[float]]:
+    step = {"burnish": burnish_step, "unsloth": unsloth_step, "unsloth-stock": unsloth_step}.get(task.variant, plain_step)(task, notes)
     seconds: list[float] = []
     losses: list[float] = []
     for _ in range(task.warmup + task.steps):
@@ -201,7 +282,7 @@ def by_step(task: Task) -> tuple[list[float], list[float]]:
 
 
 def profile(task: Task, step: Step) -> None:
-    """Writes where the time of two steps goes, kernel by kernel."""
+    """Writes where the time of two steps goes, kernel by kernel, and where the device waits."""
     kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if task.device.type == "cuda" else [])]
     with torch.profiler.profile(activities=kinds) as seen:
         for _ in range(2):
@@ -209,7 +290,26 @@ def profile(task: Task, step: Step) -> None:
     table = seen.key_averages().table(sort_by=f"self_{task.device.type}_time_total", row_limit=60, max_name_column_width=90)
     folder = Path(task.profile)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{task.size}-{task.mode}-{task.variant}.txt").write_text(table)
+    (folder / f"{task.size}-{task.mode}-{task.variant}.txt").write_text(f"{table}\n{idleness(seen)}\n")
+
+
+def idleness(seen: torch.profiler.profile) -> str:
+    """How long the device was busy, and the longest times that it waited, between what."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        seen.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if str(e.get("cat")) in ("kernel", "gpu_memcpy", "gpu_memset")]
+    events.sort(key=lambda event: event["ts"])
+    if not events:
+        return "nothing ran on a GPU"
+    end, waits = events[0]["ts"], list[tuple[float, str]]()
+    for before, event in zip([events[0], *events], events, strict=False):
+        if event["ts"] > end:
+            waits.append((event["ts"] - end, f"{before['name'][:50]} -> {event['name'][:50]}"))
+        end = max(end, event["ts"] + event["dur"])
+    span, idle = end - events[0]["ts"], sum(wait for wait, _ in waits)
+    longest = "\n".join(f"{wait / 1e3:10.3f} ms  {what}" for wait, what in sorted(waits, reverse=True)[:25])
+    return f"{span / 1e3:.1f} ms, of which idle {idle / 1e3:.1f} ms in {len(waits)} waits; the longest:\n{longest}"
 
 
 def random_model(task: Task) -> Any:
@@ -237,7 +337,7 @@ def token_rows(task: Task) -> torch.Tensor:
     return torch.randint(3, SHAPES[task.size].vocabulary, (task.rows, task.length), generator=generator)
 
 
-def burnish_step(task: Task) -> Step:
+def burnish_step(task: Task, notes: list[str]) -> Step:
     import numpy as np
 
     from burnish.config.objectives import SFT
@@ -254,7 +354,7 @@ def burnish_step(task: Task) -> Step:
     backend = Backend(precision="bfloat16", cpu=task.device.type == "cpu")
     model = random_model(task)
     policy = Policy(attach(model, Adapter(rank=16, alpha=32)) if task.mode == "lora" else model).train()
-    print(policy.kernels.line(), file=sys.stderr)
+    notes.append(policy.kernels.line())
     if task.checkpoint:
         policy.checkpoint_activations()
     objective, train = SFTObjective(SFT()), Train(learning_rate=1e-4)
@@ -271,7 +371,7 @@ def burnish_step(task: Task) -> Step:
     return step
 
 
-def plain_step(task: Task) -> Step:
+def plain_step(task: Task, _notes: list[str]) -> Step:
     if task.variant == "liger":
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -280,13 +380,13 @@ def plain_step(task: Task) -> Step:
     return torch_step(task, with_adapter(model) if task.mode == "lora" else model)
 
 
-def unsloth_step(task: Task) -> Step:
+def unsloth_step(task: Task, notes: list[str]) -> Step:
     from unsloth import FastLanguageModel  # isort: skip  # before transformers, or it refuses
 
     with tempfile.TemporaryDirectory() as folder:
         save_folder(task, folder)
         dtype = torch.bfloat16 if task.mode == "lora" else torch.float32
-        checkpointing = "unsloth" if task.checkpoint else False
+        checkpointing = "unsloth" if task.checkpoint or task.variant == "unsloth-stock" else False
         model, _ = FastLanguageModel.from_pretrained(
             folder,
             max_seq_length=task.length,
@@ -301,7 +401,7 @@ def unsloth_step(task: Task) -> Step:
         model = FastLanguageModel.get_peft_model(
             model, r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=names, use_gradient_checkpointing=checkpointing
         )
-        print(f"kernels: {unsloth_kernels(model)}", file=sys.stderr)
+        notes.append(f"kernels: {unsloth_kernels(model)}")
     return torch_step(task, model, checkpoint=False)
 
 
@@ -363,6 +463,7 @@ def by_trainer(task: Task) -> tuple[list[float], list[float]]:
                 bf16=True,
                 use_cpu=task.device.type == "cpu",
                 gradient_checkpointing=task.checkpoint,
+                use_liger_kernel=task.variant == "trl-liger",
                 dataset_kwargs={"skip_prepare_dataset": True},
                 logging_steps=1,
                 save_strategy="no",

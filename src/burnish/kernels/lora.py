@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from burnish.kernels.dispatch import Impl, choose
-from burnish.kernels.matmul import Weight, add_mm_, dense, linear, mm, mm_wide
+from burnish.kernels.matmul import Weight, add_mm_, dense, linear, mm, mm_wide, sum_mm
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("o", {"tokens": 1024, "inputs": 576, "outputs": (576,), "rank": 16}),
@@ -324,10 +324,11 @@ def _project(
     """Y [T, out] of one projection, and z without the adapter's part where there is a gain. `dropped` is x * mask."""
     w = dense(static.holder if operand.weight is None else operand.weight, dtype)
     bias = operand.bias.to(dtype) if operand.bias is not None else None
-    if operand.gain is None:
-        y = linear(x, w, bias)
-        return (add_mm_(y, xa, b.t()) if xa is not None and b is not None else y), None
+    if operand.gain is None and (xa is None or b is None):
+        return linear(x, w, bias), None
     assert xa is not None and b is not None
+    if operand.gain is None:
+        return sum_mm([(x, w.t())], (xa, b.t()), dtype) if bias is None else add_mm_(linear(x, w, bias), xa, b.t()), None
     base, update = linear(dropped, w), mm(xa, b.t())
     # Sums in the gain's type (fp32): the two parts, the gain and the bias are rounded once, together.
     y = update.to(operand.gain.dtype)
@@ -356,6 +357,7 @@ def stack_dx(
     dx_dtype: torch.dtype | None,
     *,
     apart: bool = False,
+    dbs: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor | None, list[Flow | None]]:
     """The gradient of x (which itself is not needed for it), and what `stack_gradients` goes on from.
 
@@ -366,30 +368,37 @@ def stack_dx(
         needs: Which operands get gradients.
         dx_dtype: The type dx is summed in: x's own, or the compute type where that is wider. None: no dx.
         apart: Dx lacks the adapters' parts, which are flow.g kept.a.
+        dbs: dz^T (x A^T) [out, r] in fp32 of each projection, where they came with dy.
     """
-    dx: torch.Tensor | None = None
     flows: list[Flow | None] = []
-    for dy, k, static, need in zip(upstream, kept, plan.statics, needs, strict=True):
+    for i, (dy, k, static, need) in enumerate(zip(upstream, kept, plan.statics, needs, strict=True)):
         if dy is None:
             flows.append(None)
             continue
         dy = dy.to(plan.compute)
         dz = dy if k.gain is None else (dy * k.gain).to(plan.compute)
-        g, db = _skinny(dz, k, static.factor, plan.impl, needs_g=need.a or dx_dtype is not None, needs_b=need.b)
-        flow = Flow(dy, dz, g, db)
-        flows.append(flow)
-        if dx_dtype is None:
-            continue
-        w = dense(static.holder if k.weight is None else k.weight, plan.compute)
-        direct = dz if k.mask is None else dy
-        dx = mm(direct, w).to(dx_dtype) if dx is None else add_mm_(dx, direct, w)
-        if k.mask is not None:
-            dx += _through_dropout(flow, w, k, static, dx.dtype)
-    stacked = [(f.g, k.a) for f, k in zip(flows, kept, strict=True) if k.mask is None and f is not None]
-    pairs = [(g, a) for g, a in stacked if g is not None and a is not None]
-    if dx is not None and pairs and not apart:
-        add_mm_(dx, _joined([g for g, _ in pairs], dim=1), _joined([a for _, a in pairs], dim=0))
-    return dx, flows
+        g, db = _skinny(dz, k, plan.impl, needs_g=need.a or dx_dtype is not None, needs_b=need.b and not dbs)
+        db = dbs[i] if dbs and need.b else db
+        flows.append(Flow(dy, dz, g, db.mul_(static.factor) if db is not None else None))
+    return _summed_dx(flows, kept, plan, dx_dtype, apart=apart) if dx_dtype is not None else None, flows
+
+
+def _summed_dx(flows: Sequence[Flow | None], kept: Sequence[Kept], plan: Plan, dtype: torch.dtype, *, apart: bool) -> torch.Tensor | None:
+    """What comes back to x, in one buffer; None where nothing comes back."""
+    parts = [(flow, k, static) for flow, k, static in zip(flows, kept, plan.statics, strict=True) if flow is not None]
+    # One weight after another: where they are stored small, the next one that is made dense overwrites the last.
+    products = ((flow.dz if k.mask is None else flow.dy, _weight(k, static, plan)) for flow, k, static in parts)
+    stacked = [(flow.g, k.a) for flow, k, _ in parts if k.mask is None and flow.g is not None and k.a is not None]
+    thin = (_joined([g for g, _ in stacked], dim=1), _joined([a for _, a in stacked], dim=0)) if stacked and not apart else None
+    dx = sum_mm(products, thin, dtype) if parts else None
+    for flow, k, static in parts:
+        if dx is not None and k.mask is not None:
+            dx += _through_dropout(flow, k, static, plan, dtype)
+    return dx
+
+
+def _weight(k: Kept, static: Static, plan: Plan) -> torch.Tensor:
+    return dense(static.holder if k.weight is None else k.weight, plan.compute)
 
 
 def stack_gradients(
@@ -420,19 +429,15 @@ def stack_gradients(
     return gradients
 
 
-def _skinny(
-    dz: torch.Tensor, k: Kept, factor: float, impl: str, *, needs_g: bool, needs_b: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(g = dz (s B) [T, r], dB [out, r]), each where it is needed."""
+def _skinny(dz: torch.Tensor, k: Kept, impl: str, *, needs_g: bool, needs_b: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(g = dz (s B) [T, r], dz^T (x A^T) [out, r] in fp32), each where it is needed."""
     if k.b is None:
         return None, None
     if impl == "triton" and needs_g and needs_b and k.xa is not None and dz.dtype is not torch.float64:
         from burnish.kernels.gpu.lora import adapter_products  # here: triton may not be installed
 
-        g, db = adapter_products(dz, k.b, k.xa)
-    else:
-        g, db = adapter_products_reference(dz, k.b if needs_g else None, k.xa if needs_b else None)
-    return g, db.mul_(factor) if db is not None else None
+        return adapter_products(dz, k.b, k.xa)
+    return adapter_products_reference(dz, k.b if needs_g else None, k.xa if needs_b else None)
 
 
 def adapter_products_reference(
@@ -444,12 +449,12 @@ def adapter_products_reference(
     return mm(dz, b) if b is not None else None, db
 
 
-def _through_dropout(flow: Flow, w: torch.Tensor, k: Kept, static: Static, dtype: torch.dtype) -> torch.Tensor:
+def _through_dropout(flow: Flow, k: Kept, static: Static, plan: Plan, dtype: torch.dtype) -> torch.Tensor:
     """The part of dx that comes through the dropped input: mask * (g A + (gain - 1) dy W / (1 - p)), the second term for DoRA only."""
     assert flow.g is not None and k.a is not None and k.mask is not None
     part = mm(flow.g, k.a).to(dtype)
     if k.gain is not None:
-        add_mm_(part, _beyond_plain(flow.dy, k.gain, static), w)
+        add_mm_(part, _beyond_plain(flow.dy, k.gain, static), _weight(k, static, plan))
     return part.mul_(k.mask)
 
 

@@ -10,14 +10,15 @@ act(gate) and h as well, and x A^T, h A^T. The product h is made again while its
     dx          = dgate through G + dup through U, in one buffer
 
 On a GPU the adapters' parts of gate, up and dh are not added to them in memory, which would read and write each once more: the kernels of
-the gated product add them as they read (kernels/gpu/glu_thin.py), here and again in the backward pass, from the same thin factors.
+the gated product add them as they read (kernels/gpu/glu_thin.py), here and again in the backward pass, from the same thin factors. And
+what the adapters' gradients need of dgate, dup and h is taken while those are made, so that h is never written a second time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -89,6 +90,23 @@ def _is_thin(p: Projection) -> bool:
     return p.lora is not None and p.lora.dropout == 0 and p.lora.magnitude is None and p.lora.a.shape[0] <= LARGEST_THIN_RANK
 
 
+class Want(NamedTuple):
+    """Which of down's gradients are wanted that h is needed for."""
+
+    a: bool
+    weight: bool
+
+
+class Back(NamedTuple):
+    """What comes back through the gated product: dgate, dup, h where it is needed, and what the kernel took from them on the way."""
+
+    dgate: torch.Tensor
+    dup: torch.Tensor
+    h: torch.Tensor | None
+    dbs: tuple[torch.Tensor, ...] = ()  # dB / s of gate and up, for `stack_dx`
+    da: torch.Tensor | None = None  # dA of down
+
+
 @dataclass(frozen=True, slots=True)
 class Between:
     """The gated product between the stacks. `apart`: gate, up and dh lack their adapters' parts until here."""
@@ -105,17 +123,16 @@ class Between:
 
         return thin_forward(gate, up, self.kind, _parts(kept))
 
-    def backward(
-        self, dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kept: Sequence[Kept], flow: Flow | None, want_h: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(dgate, dup, h or None) from dh, as `stack_dx` left it with `flow`. `kept` is of all three projections."""
+    def backward(self, dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kept: Sequence[Kept], flow: Flow | None, want: Want) -> Back:
+        """What comes of dh, as `stack_dx` left it with `flow`. `kept` is of all three projections."""
         if not self.apart:
-            return self.kernels.backward(dh, gate, up, self.kind, want_h)
+            return Back(*self.kernels.backward(dh, gate, up, self.kind, want.a or want.weight))
         from burnish.kernels.gpu.glu_thin import thin_backward  # here: triton may not be installed
 
         down = kept[2]
         assert flow is not None and flow.g is not None and down.a is not None
-        return thin_backward(dh, gate, up, self.kind, want_h, (*_parts(kept[:2]), Thin(flow.g, down.a.t())))
+        made = thin_backward(dh, gate, up, self.kind, want.weight, (*_parts(kept[:2]), Thin(flow.g, down.a.t())))
+        return Back(made.dgate, made.dup, made.h, (made.gate_db, made.up_db), made.down_da if want.a else None)
 
 
 def _parts(kept: Sequence[Kept]) -> tuple[Thin, Thin]:
@@ -152,15 +169,19 @@ class _LoraMLP(torch.autograd.Function):
         needs = [Operands(*group) for group in grouped(ctx.needs_input_grad[4:], len(Operands._fields))]
         needs_x = ctx.needs_input_grad[0]
         needs_dh = needs_x or any(any(need) for need in needs[:2])
-        needs_h = bool(needs[2].a or needs[2].weight)
-        dgate, dup, h = None, None, None
+        want = Want(bool(needs[2].a), bool(needs[2].weight))
+        back, h = None, None
         with torch.autocast(ctx.device_type, enabled=False):
             dh, flow_down = stack_dx([upstream], kept[2:], last, needs[2:], last.compute if needs_dh else None, apart=ctx.between.apart)
             if dh is not None:
-                dgate, dup, h = ctx.between.backward(dh, gate, up, kept, flow_down[0], needs_h)
-            elif needs_h:
+                back = ctx.between.backward(dh, gate, up, kept, flow_down[0], want)
+                h = back.h
+            elif any(want):
                 h = ctx.between.forward(gate, up, kept[:2])
-            gradients_down = stack_gradients(flow_down, h, kept[2:], last, needs[2:])
-            dx, flows = stack_dx([dgate, dup], kept[:2], first, needs[:2], ctx.dtype if needs_x else None)
+            (gradients_down,) = stack_gradients(flow_down, h, kept[2:], last, needs[2:])
+            if back is not None and back.da is not None:
+                gradients_down = gradients_down._replace(a=back.da)
+            upstreams, dbs = ((back.dgate, back.dup), back.dbs) if back is not None else ((None, None), ())
+            dx, flows = stack_dx(upstreams, kept[:2], first, needs[:2], ctx.dtype if needs_x else None, dbs=dbs)
             gradients = stack_gradients(flows, x, kept[:2], first, needs[:2])
-        return dx, None, None, None, *(gradient for group in (*gradients, *gradients_down) for gradient in group)
+        return dx, None, None, None, *(gradient for group in (*gradients, gradients_down) for gradient in group)
