@@ -256,7 +256,8 @@ def load(variant: str) -> None:
 
 def measure(task: Task) -> dict[str, Any]:
     notes: list[str] = []
-    seconds, losses = by_trainer(task) if task.variant.startswith("trl") else by_step(task, notes)
+    with Card() as card:
+        seconds, losses = by_trainer(task) if task.variant.startswith("trl") else by_step(task, notes)
     rates = sorted(task.rows * task.length / s for s in seconds)
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {
@@ -265,7 +266,44 @@ def measure(task: Task) -> dict[str, Any]:
         "seconds": seconds,
         "loss": losses[0],  # of the first step: the same weights, rows and mathematics for everyone
         "kernels": "".join(notes),
+        "card": card.summary(sum(seconds)),
     }
+
+
+class Card:
+    """The card's clock and power while something runs: at its power limit it lowers the clock, and two runs may not be alike."""
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[float, int, int, int]] = []
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Card:
+        if torch.cuda.is_available() and importlib.util.find_spec("pynvml"):
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._thread.ident:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        nvml: Any = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        card = nvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        while not self._done.wait(0.05):
+            clock = nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_SM)
+            power, reasons = nvml.nvmlDeviceGetPowerUsage(card), nvml.nvmlDeviceGetCurrentClocksThrottleReasons(card)
+            self._samples.append((time.perf_counter(), clock, power, reasons))
+
+    def summary(self, seconds: float) -> dict[str, float]:
+        """Medians over the last `seconds`: MHz, W, and the share of samples in which power held the clock down."""
+        last = [sample for sample in self._samples if sample[0] > self._samples[-1][0] - seconds]
+        if not last:
+            return {}
+        capped = sum(bool(reasons & 0x4) for *_, reasons in last) / len(last)  # nvmlClocksThrottleReasonSwPowerCap
+        return {"mhz": statistics.median(s[1] for s in last), "watt": statistics.median(s[2] for s in last) / 1e3, "power capped": capped}
 
 
 def by_step(task: Task, notes: list[str]) -> tuple[list[float], list[float]]:

@@ -216,6 +216,40 @@ def lora_sizes(device: str, tokens: int) -> list[tuple[str, Case]]:
     return cases
 
 
+def lora_mlp(module: ModuleType, case: Case, dtype: torch.dtype, device: torch.device) -> Problem:
+    single: Any = importlib.import_module("burnish.kernels.lora")
+    tokens, hidden, inner, rank, kind = case["tokens"], case["hidden"], case["inner"], case["rank"], case.get("kind", "silu")
+    shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    inputs = {"x": normal(tokens, hidden, dtype=dtype, device=device)}
+    for name, (out, width) in shapes.items():
+        inputs[f"weight {name}"] = normal(out, width, dtype=dtype, device=device, scale=width**-0.5)
+        inputs[f"a {name}"] = normal(rank, width, dtype=torch.float32, device=device, scale=width**-0.5)
+        inputs[f"b {name}"] = normal(out, rank, dtype=torch.float32, device=device, scale=rank**-0.5)
+
+    def call(function: Callable[..., torch.Tensor], given: Inputs, **more: Any) -> Outputs:
+        parts = [
+            single.Projection(given[f"weight {name}"], None, single.LoraWeights(given[f"a {name}"], given[f"b {name}"], 2.0))
+            for name in shapes
+        ]
+        return (function(given["x"], *parts, kind, **more),)
+
+    flops = 12.0 * tokens * hidden * inner + 18.0 * tokens * rank * (hidden + inner)
+    # x, y and their gradients; gate and up made, read twice; h made and read; dh, dgate and dup made and read; each matrix twice.
+    moved = 5.0 * tokens * hidden + 14.0 * tokens * inner + 6.0 * hidden * inner
+    return Problem(
+        inputs,
+        lambda given, impl: call(module.lora_mlp, given, impl=impl),
+        lambda given: call(module.lora_mlp_reference, given),
+        tuple(name for name in inputs if not name.startswith("weight")),
+        (moved * dtype.itemsize, flops),
+    )
+
+
+def mlp_sizes(device: str, tokens: int) -> list[tuple[str, Case]]:
+    models = {"1b": (2048, 8192), "8b": (4096, 14336)} if device == "cuda" else {"smollm2": (576, 1536)}
+    return [(name, {"tokens": tokens, "hidden": hidden, "inner": inner, "rank": 16}) for name, (hidden, inner) in models.items()]
+
+
 # The head
 
 
@@ -397,6 +431,15 @@ HEAD_CASES: list[tuple[str, Case]] = [
 ]
 
 
+MLP_CASES: list[tuple[str, Case]] = [
+    ("odd", {"tokens": 77, "hidden": 48, "inner": 200, "rank": 16}),
+    ("one token", {"tokens": 1, "hidden": 64, "inner": 130, "rank": 5, "kind": "gelu"}),
+    ("wide rank", {"tokens": 150, "hidden": 64, "inner": 96, "rank": 64, "kind": "gelu_tanh"}),
+    ("many rows", {"tokens": 1000, "hidden": 32, "inner": 65, "rank": 8}),
+    ("no tokens", {"tokens": 0, "hidden": 16, "inner": 32, "rank": 4}),
+]
+
+
 @dataclass(frozen=True)
 class Listed(Kernel):
     """A kernel whose small cases stand here: its module has none, or only those of real models."""
@@ -412,6 +455,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("rope", rope, rope_sizes),
     Kernel("glu", glu, glu_sizes),
     Kernel("lora", lora, lora_sizes),
+    Listed("lora_mlp", lora_mlp, mlp_sizes, listed=tuple(MLP_CASES)),
     Listed("linear_ce", linear_ce, head_sizes, listed=tuple(HEAD_CASES)),
     Kernel("experts", experts, expert_sizes),
     Kernel("adamw", adamw, adamw_sizes),

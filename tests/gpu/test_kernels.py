@@ -16,6 +16,8 @@ import pytest
 import torch
 from benchmarks.problems import KERNELS, Kernel, Outputs, Problem, leaves
 
+from burnish.kernels.nf4 import dequantize_nf4
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else os.environ.get("BURNISH_GPU_TESTS_ON", "cuda"))
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -74,7 +76,7 @@ def test_experts_are_on_the_average_no_further_from_the_truth(title: str, dtype:
     assert bool((total[:, 0] <= 1.4 * total[:, 1] + 1e-6 * total[:, 2]).all()), total.tolist()
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "rope", "glu", "lora", "experts", "linear_ce"])
+@pytest.mark.parametrize("name", ["rms_norm", "rope", "glu", "lora", "lora_mlp", "experts", "linear_ce"])
 def test_real_sizes_in_bf16(name: str) -> None:
     """Many programs, many tiles, offsets beyond 2^24: what small cases do not reach."""
     if DEVICE.type != "cuda":
@@ -88,7 +90,7 @@ def test_real_sizes_in_bf16(name: str) -> None:
         compare(problem, "triton", truth=torch.float32)  # fp64 products of that size would take minutes
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "rope", "glu", "lora", "linear_ce"])
+@pytest.mark.parametrize("name", ["rms_norm", "rope", "glu", "lora", "lora_mlp", "linear_ce"])
 def test_the_same_bits_every_time(name: str) -> None:
     kernel = NAMES.get(name)
     if kernel is None:
@@ -97,6 +99,17 @@ def test_the_same_bits_every_time(name: str) -> None:
     require(kernel, problem, "triton")
     first, second = (evaluate(problem, "triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize("shape", [(6, 192), (5, 33), (1, 64), (40, 500), *([(4096, 14336)] if DEVICE.type == "cuda" else [])])
+def test_nf4_weights_to_the_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    elements = shape[0] * shape[1]
+    torch.manual_seed(0)
+    packed = torch.randint(256, ((elements + 1) // 2,), dtype=torch.uint8).to(DEVICE)
+    absmax = (torch.rand(-(-elements // 64)) + 0.01).to(DEVICE)
+    found, plain = (dequantize_nf4(packed, absmax, shape, dtype, impl=impl) for impl in ("triton", "torch"))
+    assert torch.equal(found, plain)
 
 
 def require(kernel: Kernel, problem: Problem, impl: str) -> None:

@@ -23,7 +23,7 @@ the gradient (section 4.3), so the node sees gain [out] as one more input:
 x W^T is kept for dgain, the other part of z is made again. With dropout PEFT drops the input of both parts of z, and adds what DoRA changes
 to the plain layer: with d = x * mask / (1 - p), y = x W^T + bias + (gain - 1) * d W^T + gain * s (d A^T) B^T, a second large product.
 
-Products run in autocast's type, else in x's; adapters are usually fp32 and are cast once per call, with the scale multiplied in before
+Products run in autocast's type, else in x's; adapters are usually fp32 and are cast (`kernels.casts`), with the scale multiplied in before
 the rounding. Gradients of adapters, bias and gain are summed in fp32. The weight may be a `DenseWeight` (NF4, FP8).
 """
 
@@ -37,6 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from burnish.kernels.casts import cast as cast_once
+from burnish.kernels.casts import joined
 from burnish.kernels.dispatch import Impl, choose
 from burnish.kernels.matmul import Weight, add_mm_, dense, linear, mm, mm_wide, sum_mm
 
@@ -77,37 +79,6 @@ class Projection:
     weight: Weight
     bias: torch.Tensor | None = None
     lora: LoraWeights | None = None
-
-
-def lora_linear(
-    x: torch.Tensor,
-    weight: Weight,
-    bias: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scaling: float,
-    *,
-    dropout: float = 0.0,
-    magnitude: torch.Tensor | None = None,
-    impl: Impl = "auto",
-) -> torch.Tensor:
-    """One adapted linear layer; see `lora_stack`.
-
-    Args:
-        x: [T, in].
-        weight: [out, in].
-        bias: [out].
-        a: [r, in].
-        b: [out, r].
-        scaling: As in `LoraWeights`, like the rest.
-        dropout: On the adapter's input.
-        magnitude: [out] for DoRA.
-        impl: Who computes the backward pass's skinny products.
-
-    Returns:
-        [T, out].
-    """
-    return lora_stack(x, [Projection(weight, bias, LoraWeights(a, b, scaling, dropout, magnitude))], impl=impl)[0]
 
 
 def lora_stack(x: torch.Tensor, projections: Sequence[Projection], *, impl: Impl = "auto") -> tuple[torch.Tensor, ...]:
@@ -296,7 +267,7 @@ def stack_forward(
 
     `apart`: outputs lack their adapters' parts, which are kept.xa kept.b^T; for adapters without dropout and magnitude.
     """
-    adapters = [_cast_adapter(o, static, plan.compute) for o, static in zip(operands, plan.statics, strict=True)]
+    adapters = _cast_adapters(operands, plan)
     shared = [i for i, (a, _) in enumerate(adapters) if a is not None and plan.statics[i].dropout == 0]
     xas = dict(zip(shared, _stacked(x, [a for i in shared if (a := adapters[i][0]) is not None]), strict=True))
     outputs: list[torch.Tensor] = []
@@ -389,7 +360,7 @@ def _summed_dx(flows: Sequence[Flow | None], kept: Sequence[Kept], plan: Plan, d
     # One weight after another: where they are stored small, the next one that is made dense overwrites the last.
     products = ((flow.dz if k.mask is None else flow.dy, _weight(k, static, plan)) for flow, k, static in parts)
     stacked = [(flow.g, k.a) for flow, k, _ in parts if k.mask is None and flow.g is not None and k.a is not None]
-    thin = (_joined([g for g, _ in stacked], dim=1), _joined([a for _, a in stacked], dim=0)) if stacked and not apart else None
+    thin = (_side_by_side([g for g, _ in stacked]), joined([a for _, a in stacked])) if stacked and not apart else None
     dx = sum_mm(products, thin, dtype) if parts else None
     for flow, k, static in parts:
         if dx is not None and k.mask is not None:
@@ -423,7 +394,7 @@ def stack_gradients(
     # Adapters that saw x itself: one product for the dA of all.
     stacked = [(i, f.g) for i, f in enumerate(flows) if f is not None and f.g is not None and kept[i].mask is None and needs[i].a]
     if stacked and x is not None:
-        da = mm_wide(_joined([g for _, g in stacked], dim=1).t(), x)
+        da = mm_wide(_side_by_side([g for _, g in stacked]).t(), x)
         for (i, _), part in zip(stacked, da.split_with_sizes([g.shape[1] for _, g in stacked]), strict=True):
             gradients[i] = gradients[i]._replace(a=part)
     return gradients
@@ -476,20 +447,20 @@ def _gain_gradient(dy: torch.Tensor, k: Kept, static: Static) -> torch.Tensor:
     return mm(k.xa, k.b.t()).to(dy.dtype).add_(k.base, alpha=static.keep).mul_(dy).sum(dim=0)
 
 
-def _cast_adapter(operand: Operands, static: Static, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(A, s / (1 - p) B) in the compute type. The factor goes in before the rounding, so it costs no accuracy."""
-    if operand.a is None or operand.b is None:
-        return None, None
-    return operand.a.to(dtype), (operand.b * static.factor).to(dtype)
+def _cast_adapters(operands: Sequence[Operands], plan: Plan) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """(A, s / (1 - p) B) of each in the compute type; all A first, so that they can lie together."""
+    all_a = [None if o.a is None else cast_once(o.a, plan.compute) for o in operands]
+    all_b = [None if o.b is None else cast_once(o.b, plan.compute, s.factor) for o, s in zip(operands, plan.statics, strict=True)]
+    return list(zip(all_a, all_b, strict=True))
 
 
 def _stacked(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """X [T, in] times each [r_i, in] transposed, as one product: [T, r_i]."""
-    return mm(x, _joined(weights, dim=0).t()).split_with_sizes([w.shape[0] for w in weights], dim=1) if weights else ()
+    return mm(x, joined(list(weights)).t()).split_with_sizes([w.shape[0] for w in weights], dim=1) if weights else ()
 
 
-def _joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+def _side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def _draw(x: torch.Tensor, dropout: float) -> torch.Tensor:

@@ -24,6 +24,7 @@ from burnish.core.errors import ModelError
 from burnish.core.log import warn
 from burnish.data.types import Batch
 from burnish.kernels.attention import Forest
+from burnish.kernels.casts import Casts
 from burnish.kernels.dispatch import AttentionKind
 from burnish.kernels.linear_ce import TokenStats, default_chunk, head_stats, head_stats_module, stats_from_logits
 from burnish.models import activations
@@ -73,6 +74,7 @@ class Policy:
         )
         self._refer = False
         self._noise = _EmbeddingNoise()
+        self._casts = Casts()
         self._offloaded: Collection[int] | None = None
         anatomy = dissect(model)
         self.kernels = KernelReport(reason="switched off")
@@ -223,7 +225,7 @@ class Policy:
     def _run(self, module: nn.Module, batch: Batch, **options: Any) -> Iterator[tuple[Any, int]]:
         """Calls `module` on the batch: (output, new tokens at its end), once for all segments or once for each with its chain."""
         forest = Forest(batch.doc_ends, batch.parents)
-        with self._noise.over(forest, batch.input_ids.device), self._moving():
+        with self._noise.over(forest, batch.input_ids.device), self._moving(), self._casts.at_once():
             if self.anatomy.packed:
                 yield run(module, batch.input_ids, batch.positions, Packed(forest, self._attention), **options), forest.doc_ends[-1]
                 return

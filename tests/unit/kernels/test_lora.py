@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from burnish.kernels.lora import CASES, LoraWeights, Projection, lora_linear, lora_reference, lora_stack
+from burnish.kernels.lora import CASES, LoraWeights, Projection, lora_reference, lora_stack
 
 FIELDS = ("weight", "bias", "a", "b", "magnitude")
 
@@ -327,12 +327,6 @@ def test_no_graph_where_nothing_needs_one():
         assert not lora_stack(rows(7, 5), projections((4,)))[0].requires_grad
 
 
-def test_one_layer():
-    x, (p,) = rows(7, 5), projections((4,), adapter={"dora": True})
-    y = lora_linear(x, p.weight, p.bias, p.lora.a, p.lora.b, p.lora.scaling, magnitude=p.lora.magnitude)
-    torch.testing.assert_close(y, lora_reference(x, [p])[0])
-
-
 def test_wrong_shapes_are_refused():
     (p,) = projections((4,))
     with pytest.raises(ValueError, match=r"\[T, in\]"):
@@ -343,8 +337,8 @@ def test_wrong_shapes_are_refused():
         lora_stack(rows(7, 5), [Projection(p.weight, torch.zeros(1, dtype=torch.float64))])
     for a, b, name in [(p.lora.b, p.lora.b, "a"), (p.lora.a, p.lora.a, "b")]:
         with pytest.raises(ValueError, match=f"{name} is"):
-            lora_linear(rows(7, 5), p.weight, None, a, b, 1.0)
+            lora_stack(rows(7, 5), [Projection(p.weight, None, LoraWeights(a, b, 1.0))])
     with pytest.raises(ValueError, match="dropout"):
-        lora_linear(rows(7, 5), p.weight, None, p.lora.a, p.lora.b, 1.0, dropout=1.0)
+        lora_stack(rows(7, 5), [Projection(p.weight, None, LoraWeights(p.lora.a, p.lora.b, 1.0, dropout=1.0))])
     with pytest.raises(ValueError, match="native"):
         lora_stack(rows(7, 5), [p], impl="native")

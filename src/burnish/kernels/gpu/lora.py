@@ -80,7 +80,7 @@ def adapter_products(dz: torch.Tensor, b: torch.Tensor, xa: torch.Tensor) -> tup
     stripes = min(max(1, triton.cdiv(_PROGRAMS, blocks)), triton.cdiv(tokens, _ROWS))
     stripe = triton.cdiv(triton.cdiv(tokens, max(stripes, 1)), _ROWS) * _ROWS
     g_parts = dz.new_empty((blocks, tokens, rank), dtype=torch.float32)
-    db_parts = dz.new_zeros((max(stripes, 1), outputs, rank), dtype=torch.float32)
+    db_parts = dz.new_empty((stripes, outputs, rank), dtype=torch.float32)
     if tokens:
         _products[(stripes, blocks)](
             dz,
