@@ -433,7 +433,7 @@ HEAD_CASES: list[tuple[str, Case]] = [
 
 MLP_CASES: list[tuple[str, Case]] = [
     ("odd", {"tokens": 77, "hidden": 48, "inner": 200, "rank": 16}),
-    ("one token", {"tokens": 1, "hidden": 64, "inner": 130, "rank": 5, "kind": "gelu"}),
+    ("few tokens", {"tokens": 9, "hidden": 64, "inner": 130, "rank": 5, "kind": "gelu"}),
     ("wide rank", {"tokens": 150, "hidden": 64, "inner": 96, "rank": 64, "kind": "gelu_tanh"}),
     ("many rows", {"tokens": 1000, "hidden": 32, "inner": 65, "rank": 8}),
     ("no tokens", {"tokens": 0, "hidden": 16, "inner": 32, "rank": 4}),

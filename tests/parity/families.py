@@ -65,6 +65,8 @@ def build(name: str, dtype: torch.dtype = torch.float64, **changes):
     config = getattr(transformers, f"{family}Config")(**{**BASE, **copy.deepcopy(settings), **changes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
+    if getattr(config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # some releases of transformers choose sdpa, which drops the cap
     if name in EXPERTS:
         model.set_experts_implementation("eager")  # the grouped product knows no fp64
     with torch.no_grad():

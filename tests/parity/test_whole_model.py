@@ -105,6 +105,15 @@ def test_packed_padded_and_one_by_one_are_the_same(name, kernels, capsys):
     assert_same(train_once(policy, batches(rows, 1)), packed)
 
 
+def test_soft_caps_are_kept_where_transformers_would_drop_them():
+    model = build("gemma2")
+    plain = copy.deepcopy(model)
+    model.config._attn_implementation = "sdpa"  # what some releases load Gemma 2 with, and others refuse to set
+    policy = Policy(model)
+    assert policy.anatomy.packed
+    assert_same(train_once(policy, batches(examples(), 3)), padded(plain, examples()), FAST)
+
+
 # The gradient of OPT's key bias is zero by mathematics (softmax ignores it): in fp32 only rounding is left to compare.
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"opt"}))
 @pytest.mark.parametrize("kernels", [False, True])

@@ -92,11 +92,13 @@ def probe(anatomy: Anatomy, kind: AttentionKind = "auto") -> Anatomy:
         ModelError: `kind` names an attention that this model cannot be computed with.
     """
     with _calm(anatomy.whole):
+        own = _own_attention(anatomy.whole)
+        if (anatomy.whole.config._attn_implementation or own) != own:
+            anatomy.whole.set_attn_implementation(own)
         head_doubt = _doubt_head(anatomy)
-        own = anatomy.whole.config._attn_implementation
-        packing_doubt = _doubt_packing(anatomy, kind)
+        packing_doubt = _doubt_packing(anatomy, kind, own)
         if packing_doubt and anatomy.whole.config._attn_implementation != own:
-            anatomy.whole.set_attn_implementation(own or "eager")
+            anatomy.whole.set_attn_implementation(own)
     return replace(
         anatomy,
         head=None if head_doubt else anatomy.head,
@@ -125,15 +127,21 @@ def _doubt_head(anatomy: Anatomy) -> str:
     return "" if _distance(ours, truth) < _tolerance(anatomy, 1e-3, 0.1) else "its logits are not its output head's"
 
 
-def _doubt_packing(anatomy: Anatomy, kind: AttentionKind) -> str:
+def _own_attention(whole: Any) -> str:
+    """The attention that transformers computes this model with. Its `sdpa` drops soft caps, and some releases choose it all the same."""
+    own: str = whole.config._attn_implementation or "eager"
+    capped = getattr(whole.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    return "eager" if own == "sdpa" and capped else own
+
+
+def _doubt_packing(anatomy: Anatomy, kind: AttentionKind, own: str) -> str:
     """Why segments cannot share a call, or nothing. Installs our attention on the way."""
     if anatomy.backbone is anatomy.whole:
         return "its backbone was not found"
-    own = anatomy.whole.config._attn_implementation
     doubt = ""
     try:
         for seed in _SEEDS:
-            anatomy.whole.set_attn_implementation(own or "eager")
+            anatomy.whole.set_attn_implementation(own)
             alone = torch.cat([_hidden(anatomy, *segment) for segment in _segments(anatomy, seed)])
             install(anatomy.whole)
             doubt = _doubt_packed_run(anatomy, kind, seed, alone)
