@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from burnish.core.errors import AdapterError, did_you_mean
+from burnish.core.log import info
 
 _GROUPS = {
     "attention": re.compile(r"(^|[._])(attn|attention|self_attn|self_attention)([._]|$)"),
@@ -54,9 +55,11 @@ def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> Target
     }
     names = [*layers, *experts]
     chosen = _choose(names, targets, _head_name(model))
+    sides = {name: _side(layers[name]) if name in layers else min(experts[name].shape[1:]) for name in chosen}
+    if isinstance(targets, str) and targets in ("all", *_GROUPS):
+        sides = _without_gates(sides)
+    chosen = list(sides)
     modules = [name for name in chosen if name in layers]
-    sides: dict[str, int] = {name: min(layers[name].weight.shape) if _dense(layers[name]) else _features(layers[name]) for name in modules}
-    sides |= {name: min(experts[name].shape[1:]) for name in chosen if name in experts}
     smallest_name = min(sides, key=lambda name: sides[name])
     return Targets(
         modules=_shorten(modules, [name for name, _ in model.named_modules()]),
@@ -140,6 +143,19 @@ def _known(names: Iterable[str]) -> str:
 def _head_name(model: PreTrainedModel) -> str | None:
     head = model.get_output_embeddings()
     return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+def _without_gates(sides: dict[str, int]) -> dict[str, int]:
+    """Layers with one output (Qwen2-MoE's gate of its shared expert) are no matrices of low rank: nobody means them by a group's name."""
+    gates = [name for name, side in sides.items() if side == 1]
+    if not gates or len(gates) == len(sides):
+        return sides
+    info(f"adapter: {len(gates)} layers with a single output get none ({', '.join(sorted({_last(name) for name in gates}))})")
+    return {name: side for name, side in sides.items() if side > 1}
+
+
+def _side(layer: Any) -> int:
+    return min(layer.weight.shape) if _dense(layer) else _features(layer)
 
 
 def _dense(layer: Any) -> bool:

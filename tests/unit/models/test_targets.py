@@ -30,6 +30,16 @@ def test_names_groups_and_patterns(targets: str | list[str], expected: list[str]
     assert find_targets(build("llama"), targets).modules == expected
 
 
+def test_gates_with_one_output_are_meant_by_name_only(capsys: pytest.CaptureFixture[str]) -> None:
+    model = build("qwen2-moe")
+    for group in ("all", "mlp"):
+        found = find_targets(model, group)
+        assert not any("shared_expert_gate" in name for name in found.modules)
+        assert found.smallest > 1
+        assert "layers with a single output get none (shared_expert_gate)" in capsys.readouterr().err
+    assert find_targets(model, ["shared_expert_gate"]).smallest == 1
+
+
 @pytest.mark.parametrize("family", ["phi3", "gpt2", "olmo2", "gemma3"])
 def test_all_is_attention_and_mlp_and_never_the_head(family: str) -> None:
     model = build(family)
