@@ -11,7 +11,7 @@ act(gate) and h as well, and x A^T, h A^T. The product h is made again while its
 
 On a GPU the adapters' parts of gate, up and dh are not added to them in memory, which would read and write each once more: the kernels of
 the gated product add them as they read (kernels/gpu/glu_thin.py), here and again in the backward pass, from the same thin factors. And
-what the adapters' gradients need of dgate, dup and h is taken while those are made, so that h is never written a second time.
+what the adapters' gradients need of dgate, dup and h is taken while those are made: h is written again only where down's weight is trained.
 """
 
 from __future__ import annotations

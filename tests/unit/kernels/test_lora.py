@@ -327,6 +327,11 @@ def test_no_graph_where_nothing_needs_one():
         assert not lora_stack(rows(7, 5), projections((4,)))[0].requires_grad
 
 
+def test_one_layer():
+    x, (p,) = rows(7, 5), projections((4,), adapter={"dora": True})
+    torch.testing.assert_close(lora_stack(x, [p])[0], lora_reference(x, [p])[0])
+
+
 def test_wrong_shapes_are_refused():
     (p,) = projections((4,))
     with pytest.raises(ValueError, match=r"\[T, in\]"):
