@@ -10,11 +10,12 @@ forest of roots; a preference pair is a prompt with two children that share it:
 Seen from one segment, its chain and itself are an ordinary sequence, of which it is the end. So every path below computes ordinary
 causal attention aligned at the last key ("lower right"), and a sliding window counts along the chain.
 
-    gemm     a few large matrix products per stretch of queries: CPU (attention_cpu.py)
+    native   flash attention in C: CPU, bf16 and fp32, where there is a compiler (attention_native.py)
+    gemm     a few large matrix products per stretch of queries: other CPUs and types (attention_cpu.py)
     varlen   one flash-attention call over all segments: CUDA, half precision, roots
     cascade  flash-attention calls for segments and for their ancestors, merged: CUDA, half precision, trees, sinks (attention_tree.py)
     sdpa     one fused scaled_dot_product_attention per segment, or for all where they are equally long: dropout, full precision and
-             equal lengths on CUDA, very short or very long segments on a CPU
+             equal lengths on CUDA, very short or very long segments on a CPU without C kernels
     eager    plain torch, segment by segment: what nothing else can do (soft caps on CUDA)
 
 `forest_attention_reference` is the oracle: one dense mask [T, T]. Under autocast, q, k and v are taken in its type, as it does itself.
@@ -34,6 +35,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from burnish.core.errors import ModelError
 from burnish.kernels.attention_cpu import gemm_attention
+from burnish.kernels.attention_native import native_attention
 from burnish.kernels.attention_tree import tree_attention
 from burnish.kernels.dispatch import AttentionKind, attention_kind, flash_takes
 from burnish.kernels.forest import Forest, causal_mask
@@ -98,6 +100,8 @@ def forest_attention(
         }
         _refuse(kind, {name for name, needed in needs.items() if needed})
     flash = flash_takes(q.device, q.dtype, head_dim)
+    if kind == "native":
+        return native_attention(q, k, v, forest, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
     if kind == "gemm":
         return gemm_attention(q, k, v, forest, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
     if kind == "cascade":
@@ -121,6 +125,7 @@ def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 _ABLE = {
     "eager": frozenset({"soft caps", "sinks", "shared prompts", "dropout", "other devices"}),
     "sdpa": frozenset({"shared prompts", "dropout", "other devices"}),
+    "native": frozenset({"soft caps", "sinks", "shared prompts", "tensors on cpu"}),
     "gemm": frozenset({"soft caps", "sinks", "shared prompts", "other devices"}),
     "varlen": frozenset[str](),
     "cascade": frozenset({"sinks", "shared prompts", "other devices"}),

@@ -9,12 +9,12 @@ from typing import Literal
 
 import torch
 
-AttentionKind = Literal["auto", "gemm", "varlen", "cascade", "sdpa", "eager"]
-"""`gemm`: tiles of matrix products (CPU). `varlen`: one flash-attention call over all segments (CUDA). `cascade`: the same for trees and
-sinks, merged from several calls. `sdpa`: one fused call per segment. `eager`: plain torch."""
+AttentionKind = Literal["auto", "native", "gemm", "varlen", "cascade", "sdpa", "eager"]
+"""`native`: C kernels (CPU). `gemm`: tiles of matrix products (CPU). `varlen`: one flash-attention call over all segments (CUDA).
+`cascade`: the same for trees and sinks, merged from several calls. `sdpa`: one fused call per segment. `eager`: plain torch."""
 
 _GEMM_FROM = {True: 48, False: 96}
-"""Mean tokens of a segment from which `gemm` is faster than `sdpa` on a CPU: with bf16 products, and without."""
+"""Without C kernels: mean tokens of a segment from which `gemm` is faster than `sdpa` on a CPU: with bf16 products, and without."""
 
 _GEMM_UP_TO = {True: 4096, False: 1536}
 """The longest segment up to which it is faster, without a window."""
@@ -34,8 +34,8 @@ def attention_kind(
 ) -> AttentionKind:
     """How `auto` attention is computed for one call.
 
-    Only `eager` and `sdpa` know dropout; only `eager` and `gemm` know soft caps; flash attention (`varlen`, `cascade`) knows only the
-    half precision types, with the head sizes that its kernels are built for.
+    Only `eager` and `sdpa` know dropout; only `eager`, `native` and `gemm` know soft caps; flash attention (`varlen`, `cascade`) knows
+    only the half precision types, with the head sizes that its kernels are built for.
 
     Args:
         device: Where the tensors are.
@@ -51,6 +51,8 @@ def attention_kind(
     if dropout:
         return "eager" if softcap or sinks else "sdpa"
     if device.type == "cpu":
+        if dtype in (torch.bfloat16, torch.float32) and available("native"):
+            return "native"
         return "gemm" if softcap or sinks or _gemm_pays(dtype, tree, window, lengths) else "sdpa"
     if flash_takes(device, dtype, head_dim) and not softcap:
         if not (tree or sinks) and _equal(lengths) and (window is None or window >= lengths[0]):

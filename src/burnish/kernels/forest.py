@@ -29,6 +29,14 @@ class Forest:
         return tuple(end - start for start, end in zip((0, *self.doc_ends), self.doc_ends, strict=False))
 
     @cached_property
+    def inherited(self) -> tuple[int, ...]:
+        """Tokens of each segment's ancestors."""
+        found: list[int] = []
+        for parent in self.parents:
+            found.append(found[parent] + self.lengths[parent] if parent >= 0 else 0)
+        return tuple(found)
+
+    @cached_property
     def is_tree(self) -> bool:
         """Whether any segment shares another as its beginning."""
         return any(parent >= 0 for parent in self.parents)

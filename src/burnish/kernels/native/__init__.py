@@ -16,22 +16,26 @@ from burnish.kernels.native import check
 from burnish.kernels.native.build import BuildError
 from burnish.kernels.native.ops import (
     Activation,
+    AttentionOptions,
     adamw_flat,
+    attention_backward,
+    attention_forward,
     glu_backward,
     glu_forward,
     head_chunk,
     rms_norm_backward,
     rms_norm_forward,
     rope_apply,
-    softmax_causal_backward,
-    softmax_causal_forward,
     takes,
 )
 
 __all__ = [
     "Activation",
+    "AttentionOptions",
     "BuildError",
     "adamw_flat",
+    "attention_backward",
+    "attention_forward",
     "glu_backward",
     "glu_forward",
     "head_chunk",
@@ -39,8 +43,6 @@ __all__ = [
     "rms_norm_backward",
     "rms_norm_forward",
     "rope_apply",
-    "softmax_causal_backward",
-    "softmax_causal_forward",
     "takes",
     "why_not",
 ]

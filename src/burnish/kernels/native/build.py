@@ -32,6 +32,10 @@ FLAGS = (
     # Exact where torch is: no -ffast-math (NaN and infinities are kept), and no multiply-add that torch would round in two steps.
     *("-fno-thread-jumps", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 )
+FUSED = ("-ffp-contract=fast",)
+"""After FLAGS, for sources in which torch has no operations of its own to agree with bit for bit."""
+
+_FUSED_SOURCES = frozenset({"attention.c"})
 SOURCES = Path(__file__).parent
 _TIMEOUT = 120  # seconds for the compiler, on a machine that is very busy
 
@@ -72,7 +76,7 @@ def compile_library(compiler: list[str], file: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=file.parent, prefix="build-") as scratch:
             objects = [f"{scratch}/{source.stem}.o" for source in sources]
-            jobs = [[*compiler, *FLAGS, "-c", str(source), "-o", target] for source, target in zip(sources, objects, strict=True)]
+            jobs = [[*compiler, *_flags(source), "-c", str(source), "-o", target] for source, target in zip(sources, objects, strict=True)]
             _run(jobs)
             linked = Path(scratch) / "kernels.so"
             _run([[*compiler, "-shared", "-o", str(linked), *objects, "-lm"]])
@@ -80,6 +84,10 @@ def compile_library(compiler: list[str], file: Path) -> None:
             linked.replace(file)
     except OSError as error:
         raise BuildError(f"the C kernels cannot be compiled ({error})") from error
+
+
+def _flags(source: Path) -> tuple[str, ...]:
+    return (*FLAGS, *FUSED) if source.name in _FUSED_SOURCES else FLAGS
 
 
 def _run(commands: list[list[str]]) -> None:
@@ -124,7 +132,7 @@ def _key(compiler: list[str]) -> str:
         version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=_TIMEOUT, check=False).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"the C compiler cannot be run ({error})") from error
-    digest = hashlib.sha256(repr((compiler, FLAGS, platform.machine(), _processor())).encode() + version)
+    digest = hashlib.sha256(repr((compiler, FLAGS, FUSED, platform.machine(), _processor())).encode() + version)
     for source in sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:32]

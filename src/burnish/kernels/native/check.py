@@ -8,6 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from burnish.kernels.forest import Forest
 from burnish.kernels.native import ops
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
@@ -96,16 +97,26 @@ def _head(dtype: torch.dtype, noise: _Noise) -> bool:
     return good
 
 
-def _softmax(dtype: torch.dtype, noise: _Noise) -> bool:
-    scores, dp = noise(2, 6, 5).to(dtype), noise(2, 6, 5).to(dtype)
-    distance = torch.arange(3)[:, None] + 2 - torch.arange(5)
-    mask = ((distance >= 0) & (distance < 4)).repeat(2, 1)
-    z = (scores.double() * 0.5).masked_fill(~mask, float("-inf"))
-    p, want_lse = z.softmax(-1), z.logsumexp(-1)
-    lse = ops.softmax_causal_forward(scores, 0.5, offset=2, queries=3, window=4)
-    want = 0.5 * p * (dp.double() - (p * dp.double()).sum(-1, keepdim=True))
-    ops.softmax_causal_backward(scores, dp, (p * dp.double()).sum(-1).float(), 0.5, offset=2, queries=3, window=4)
-    return _close(lse, want_lse, _FP32) and _close(scores, p, dtype) and _close(dp, want, dtype)
+def _attention(dtype: torch.dtype, noise: _Noise) -> bool:
+    good, forest = True, Forest((41, 70, 81), (-1, 0, 0))
+    for window, cap in ((None, None), (33, 2.0)):
+        q, k, v = (noise(1, 81, heads, 20).to(dtype).transpose(1, 2) for heads in (6, 2, 2))
+        sinks, above = noise(6), noise(1, 81, 6, 20).to(dtype).transpose(1, 2)
+        with torch.enable_grad():
+            leaves = [x.double().requires_grad_() for x in (q, k, v, sinks)]
+            z = leaves[0].unflatten(1, (2, 3)) @ leaves[1].transpose(-1, -2)[:, :, None] * 0.3
+            z = z if cap is None else cap * torch.tanh(z / cap)
+            z = z.masked_fill(~forest.visible(window), float("-inf"))
+            z = torch.cat((z, leaves[3].view(1, 2, 3, 1, 1).expand(-1, -1, -1, 81, -1)), -1)
+            truth = (z.softmax(-1)[..., :-1] @ leaves[2][:, :, None]).flatten(1, 2)
+            want = torch.autograd.grad((truth * above).sum(), leaves)
+        options = ops.AttentionOptions(forest, 0.3, window, cap)
+        output, lse = ops.attention_forward(q, k, v, sinks, options)
+        *found, delta = ops.attention_backward(above, q, k, v, output, lse, options)
+        dsinks = -((sinks.view(2, 1, 3) - lse).exp() * delta).sum(1).flatten()
+        good &= _close(output, truth, dtype) and _close(lse, z.logsumexp(-1)[0].transpose(1, 2), _FP32)
+        good &= all(_close(ours, exact, dtype) for ours, exact in zip((*found, dsinks), want, strict=True))
+    return good
 
 
 def _adamw(dtype: torch.dtype, noise: _Noise) -> bool:
@@ -123,6 +134,6 @@ _CHECKS: dict[str, Callable[[torch.dtype, _Noise], bool]] = {
     "rope": _rope,
     "glu": _glu,
     "head": _head,
-    "softmax": _softmax,
+    "attention": _attention,
     "adamw": _adamw,
 }

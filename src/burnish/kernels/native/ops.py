@@ -6,11 +6,13 @@ Every function raises ValueError for tensors that it cannot take, and BuildError
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 import torch
 
+from burnish.kernels.forest import Forest
 from burnish.kernels.native import build
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
@@ -29,8 +31,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "glu_forward": (None, [_N, _N, _P, _N, _P, _N, _P, *[_I] * 3]),
     "glu_backward": (None, [_N, _N, _P, _P, _N, _P, _N, *[_P] * 3, *[_I] * 3]),
     "head": (None, [_N, _N, _P, _N, _P, _F, _F, _P, _P, *[_I] * 3]),
-    "softmax_forward": (_I, [*[_N] * 3, _P, _N, _N, _F, *[_N] * 3, _P, _I, _I]),
-    "softmax_backward": (None, [*[_N] * 3, _P, _N, _N, _P, _N, _N, _P, _F, *[_N] * 3, *[_I] * 3]),
+    "attention_forward": (_I, [*[_P] * 4, _I]),
+    "attention_backward": (_I, [*[_P] * 4, _I]),
     "adamw": (None, [_N, *[_P] * 4, *[_F] * 8, _I, _I]),
 }
 
@@ -217,65 +219,132 @@ def head_chunk(
     return logp, lse, mean, entropy, correct
 
 
-def softmax_causal_forward(
-    scores: torch.Tensor, scale: float, *, offset: int, queries: int | None = None, window: int | None = None
-) -> torch.Tensor:
-    """Causal softmax of `scale * scores`, in place; entries that a query does not see are not read and become exact zeros.
+class _Rows(ctypes.Structure):
+    """rows_t of attention.c."""
+
+    _fields_ = [("data", _P), ("head", _N), ("token", _N)]
+
+
+class _Shape(ctypes.Structure):
+    """shape_t of attention.c."""
+
+    _fields_ = [
+        *((name, _N) for name in ("heads", "groups", "dim", "vdim", "segments")),
+        *((name, _P) for name in ("first", "parent", "before")),
+        ("window", _N),
+        ("scale", _F),
+        ("cap", _F),
+        ("half", _I),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """What the kernels of attention take besides tensors."""
+
+    forest: Forest
+    scale: float
+    window: int | None = None  # keys that a query sees, the last of them its own
+    softcap: float | None = None
+
+
+def attention_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, options: AttentionOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention over a forest.
 
     Args:
-        scores: [G, R, Tk], last dimension in one piece.
-        scale: Factor on the scores.
-        offset: Query q sees the keys up to q + offset: Tk - Tq where the last query sees the last key.
-        queries: Row r stands for query r % queries (query heads of one key head, stacked). Default: R.
-        window: A query sees its last `window` keys only.
+        q: [1, Hq, T, D], any strides with the last dimension in one piece; k and v likewise, all of one type.
+        k: [1, Hkv, T, D].
+        v: [1, Hkv, T, D'].
+        sinks: fp32 [Hq], scores that take probability and give nothing.
+        options: Segments, scale, window, soft cap.
 
     Returns:
-        Log-sum-exp fp32 [G, R]; -inf where a query sees nothing (its probabilities are zeros).
+        The output [1, Hq, T, D'], stored as [T, Hq, D'], and the log-sum-exp of each row fp32 [Hkv, T, Hq / Hkv], sinks included.
     """
-    _need(scores)
-    _shapes(scores.dim() == 3 and (scores.stride(2) == 1 or scores.shape[2] <= 1), "scores [G, R, Tk] with rows in one piece", scores)
-    groups, rows, keys = scores.shape
-    lse = torch.full((groups, rows), float("-inf"), dtype=torch.float32)
-    if scores.numel():
-        mask = (offset, queries or rows, window or 0)
-        call, threads = _library().burnish_softmax_forward, _threads(scores.numel())
-        if call(groups, rows, keys, *_strided(scores), scale, *mask, lse.data_ptr(), *_halves(scores), threads):
-            raise MemoryError(f"no memory for a row of {keys} scores")
-    return lse
+    _attention_shapes(q, k, v, options.forest)
+    _shapes(sinks is None or (sinks.shape == q.shape[1:2] and sinks.dtype is torch.float32), "sinks fp32 [Hq]", q, sinks)
+    output, lse = _token_by_token(q, v.shape[3]), _row_values(q, k)
+    if output.numel():
+        shape, _arrays = _attention_shape(q, k, v, options)
+        sinks = None if sinks is None else sinks.contiguous()
+        rows = (_Rows * 4)(*map(_as_rows, (q, k, v, output)))
+        call, threads = _library().burnish_attention_forward, _threads(q.numel())
+        if call(ctypes.byref(shape), rows, lse.data_ptr(), *_pointers(sinks), threads):
+            raise MemoryError("no memory for attention")
+    return output, lse
 
 
-def softmax_causal_backward(
-    p: torch.Tensor,
-    dp: torch.Tensor,
-    delta: torch.Tensor | None,
-    scale: float,
-    *,
-    offset: int,
-    queries: int | None = None,
-    window: int | None = None,
-) -> None:
-    """Turns dp [G, R, Tk] into the scores' gradient `scale * p * (dp - delta)`, in place; zeros where a query does not see.
+def attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    options: AttentionOptions,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `attention_forward`, from its arguments and results.
 
     Args:
-        p: [G, R, Tk] probabilities from the forward pass.
-        dp: Their gradient; overwritten. May have another type than p.
-        delta: fp32 [G, R], sum over the keys of p * dp (which is sum of dO * O). None: computed here.
-        scale: As in the forward pass, like the rest.
-        offset: Diagonal.
-        queries: Row modulus.
-        window: Keys seen.
+        grad: [1, Hq, T, D'] gradient of the output, of its type.
+        q: As in the forward pass, like k and v.
+        k: Keys.
+        v: Values.
+        output: From the forward pass.
+        lse: From the forward pass.
+        options: As in the forward pass.
+
+    Returns:
+        dq, dk, dv (stored token by token), and delta fp32 [Hkv, T, Hq / Hkv], each row's sum of grad * output. The gradient of a sink is
+        the sum over its tokens of -e^(sink - lse) delta.
     """
-    _need(p, dp, delta)
-    _shapes(p.dim() == 3 and p.shape == dp.shape, "p and dp [G, R, Tk]", p, dp)
-    _shapes(p.shape[2] <= 1 or (p.stride(2) == 1 and dp.stride(2) == 1), "rows in one piece", p, dp)
-    good = delta is None or (delta.shape == p.shape[:2] and delta.dtype is torch.float32)
-    _shapes(good, "delta fp32 [G, R]", p, delta)
-    groups, rows, keys = p.shape
-    if p.numel():
-        delta = None if delta is None else delta.contiguous()
-        mask = (offset, queries or rows, window or 0)
-        tensors = (*_strided(p), *_strided(dp), *_pointers(delta))
-        _library().burnish_softmax_backward(groups, rows, keys, *tensors, scale, *mask, *_halves(p, dp), _threads(p.numel()))
+    _attention_shapes(q, k, v, options.forest)
+    like = grad.shape == output.shape and grad.dtype is output.dtype is q.dtype and lse.dtype is torch.float32 and lse.is_contiguous()
+    _shapes(like and lse.shape == _row_values(q, k).shape, "grad like the output, lse fp32 [Hkv, T, G]", grad, output, lse)
+    grad = grad if grad.stride(3) == 1 else grad.contiguous()
+    gradients = [_token_by_token(x, x.shape[3]) for x in (q, k, v)]
+    delta = torch.empty_like(lse)
+    if output.numel():
+        shape, _arrays = _attention_shape(q, k, v, options)
+        rows = (_Rows * 8)(*map(_as_rows, (q, k, v, output, grad, *gradients)))
+        call, threads = _library().burnish_attention_backward, _threads(q.numel())
+        if call(ctypes.byref(shape), rows, *_pointers(lse, delta), threads):
+            raise MemoryError("no memory for attention")
+    return gradients[0], gradients[1], gradients[2], delta
+
+
+def _attention_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forest: Forest) -> None:
+    _need(q, k, v)
+    good = all(x.dim() == 4 and x.shape[0] == 1 and x.dtype is q.dtype and (x.stride(3) == 1 or x.shape[3] <= 1) for x in (q, k, v))
+    _shapes(good, "q, k, v [1, H, T, D] of one type with rows in one piece", q, k, v)
+    good = q.shape[3] == k.shape[3] and k.shape[:3] == v.shape[:3] and q.shape[2] == k.shape[2] and q.shape[1] % max(k.shape[1], 1) == 0
+    _shapes(good, "key heads that divide the query heads, and as many tokens everywhere", q, k, v)
+    total = forest.doc_ends[-1] if forest.doc_ends else 0
+    _shapes(total == q.shape[2], f"the {total} tokens of the segments", q)
+
+
+def _attention_shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions) -> tuple[_Shape, object]:
+    """The structure, and the arrays that it points to."""
+    forest = options.forest
+    arrays = [(_N * len(x))(*x) for x in ((0, *forest.doc_ends), forest.parents, forest.inherited)]
+    sizes = (k.shape[1], q.shape[1] // k.shape[1], q.shape[3], v.shape[3], len(forest.parents))
+    pointers = (ctypes.cast(x, _P) for x in arrays)
+    return _Shape(*sizes, *pointers, options.window or 0, options.scale, options.softcap or 0.0, *_halves(q)), arrays
+
+
+def _as_rows(x: torch.Tensor) -> _Rows:
+    return _Rows(x.data_ptr(), x.stride(1), x.stride(2))
+
+
+def _token_by_token(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Memory for [1, H, T, size] like x, in which a token's heads lie together."""
+    return torch.empty(1, x.shape[2], x.shape[1], size, dtype=x.dtype).transpose(1, 2)
+
+
+def _row_values(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return torch.empty(k.shape[1], k.shape[2], q.shape[1] // max(k.shape[1], 1), dtype=torch.float32)
 
 
 def adamw_flat(
@@ -342,10 +411,6 @@ def _flat_rows(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torc
     if gate.is_contiguous() and up.is_contiguous():
         return gate, up, 1, gate.numel()
     return gate, up, gate.shape[0], gate.shape[1]
-
-
-def _strided(x: torch.Tensor) -> tuple[int, int, int]:
-    return x.data_ptr(), x.stride(0), x.stride(1)
 
 
 def _pointers(*tensors: torch.Tensor | None) -> list[int | None]:
