@@ -9,13 +9,23 @@
 
    A tile of queries (all heads that share a key head, token by token: its rows) meets blocks of KEYS keys. Scores lie in memory key by
    key, so that a register holds LANES rows and no sum goes across one: only q and do are turned around, once for a tile. What a group of
-   keys is not seen by is skipped. Sums, softmax and factors are fp32; nothing is rounded between the inputs and the results.
+   keys is not seen by is skipped. Sums, softmax and factors are fp32.
+
+   Products multiply fp32, or, for bf16 inputs where the processor can, words: two bf16 along the summed dimension, added up in fp32. Then
+   p and ds are rounded to bf16 for their products, as flash attention does; else nothing is rounded between the inputs and the results.
 
    A tree of up to WHOLE tokens is one piece of work for each key head: dk and dv grow while its tiles are passed. In a larger tree each
    tile's dq and each key block's dk and dv are pieces of their own, which takes two of the products twice. What is computed does not
    depend on the number of threads. */
 
 #include "common.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+enum { WORDS = 1 };
+#else
+enum { WORDS = 0 };
+#endif
 
 #if defined(__AVX512F__)
 enum { LANES = 16, COLUMNS = 4 };
@@ -45,32 +55,49 @@ typedef struct {
 
 /* Queries of one segment and key head; `place` is the first one's in its chain. */
 typedef struct {
-    i64 head, start, stop, place, rows, padded;
+    i64 segment, head, start, stop, place, rows, padded;
 } tile_t;
 
-/* A thread's memory. */
+/* Keys start..start + count of a chain. */
 typedef struct {
-    i64 dim, vdim, padded; /* in whole registers */
-    float *q, *qt, *g, *gt, *lse, *delta; /* a tile: [rows, dim], [dim, rows], the gradient of o likewise */
-    float *k, *v;                         /* a block: [KEYS, dim] */
-    float *s, *ds;                        /* [KEYS, rows] */
-    float *out, *top, *sum, *factor;      /* [rows, dim] and [rows] */
-    float *dk, *dv, *all_dk, *all_dv;     /* [KEYS, dim], and [WHOLE, dim] */
+    i64 start, count;
+} block_t;
+
+/* A thread's memory. A factor of a product is summed over its first index in `x`, over its second in `x_turned`; where words are
+   multiplied, that index counts pairs. Everything else is fp32. */
+typedef struct {
+    i64 dim, vdim, rows;                      /* in whole registers */
+    float *q, *q_turned, *g, *g_turned;       /* a tile, and its gradient of o: [rows, dim] and [dim, rows] */
+    float *k, *k_turned, *v, *v_turned;       /* a block: [KEYS, dim], summed over the keys and over the dimensions */
+    float *s, *ds, *p_left, *ds_left, *right; /* [KEYS, rows]; p and ds to be summed over the rows, p or ds over the keys */
+    float *out, *top, *sum, *factor, *lse, *delta;
+    float *dk, *dv, *all_dk, *all_dv; /* [KEYS, dim] and [WHOLE, dim] */
     void *memory;
 } work_t;
 
 INLINE i64 whole(i64 n) { return (n + LANES - 1) / LANES * LANES; }
 INLINE i64 clamp(i64 x, i64 low, i64 high) { return x < low ? low : x > high ? high : x; }
+INLINE int in_words(const shape_t *shape) { return WORDS && shape->half; }
 
-/* c [GROUP, columns * LANES] (+)= a b, with element (r, k) of a at r a_row + k a_step. */
-INLINE void product(int columns, i64 depth, const float *a, i64 a_row, i64 a_step, const float *b, i64 b_step, float *c, i64 c_row, int add) {
+/* Products. */
+
+INLINE vec multiply_add(vec sum, float a, vec b, int words) {
+#if defined(__AVX512BF16__)
+    if (words) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
+#endif
+    (void)words;
+    return sum + a * b;
+}
+
+INLINE void product(int columns, i64 depth, const float *a, i64 a_row, i64 a_step, const float *b, i64 b_step, float *c, i64 c_row, int add,
+                    int words) {
     vec sum[GROUP][COLUMNS];
     for (int r = 0; r < GROUP; r++)
         for (int j = 0; j < columns; j++) sum[r][j] = (vec){0};
     for (i64 k = 0; k < depth; k++)
         for (int j = 0; j < columns; j++) {
             vec right = *(const vec *)(b + k * b_step + j * LANES);
-            for (int r = 0; r < GROUP; r++) sum[r][j] += a[r * a_row + k * a_step] * right;
+            for (int r = 0; r < GROUP; r++) sum[r][j] = multiply_add(sum[r][j], a[r * a_row + k * a_step], right, words);
         }
     for (int r = 0; r < GROUP; r++)
         for (int j = 0; j < columns; j++) {
@@ -80,27 +107,46 @@ INLINE void product(int columns, i64 depth, const float *a, i64 a_row, i64 a_ste
         }
 }
 
-/* The same for any number of columns that fills registers. */
-static __attribute__((noinline)) void multiply(i64 columns, i64 depth, const float *a, i64 a_row, i64 a_step, const float *b, i64 b_step, float *c,
-                                               i64 c_row, int add) {
+INLINE void columns_of(i64 columns, i64 depth, const float *a, i64 a_row, i64 a_step, const float *b, i64 b_step, float *c, i64 c_row, int add,
+                       int words) {
     for (; columns >= COLUMNS * LANES; columns -= COLUMNS * LANES, b += COLUMNS * LANES, c += COLUMNS * LANES)
-        product(COLUMNS, depth, a, a_row, a_step, b, b_step, c, c_row, add);
+        product(COLUMNS, depth, a, a_row, a_step, b, b_step, c, c_row, add, words);
     switch (columns / LANES) { /* fewer than COLUMNS */
-    case 3: product(3 < COLUMNS ? 3 : 1, depth, a, a_row, a_step, b, b_step, c, c_row, add); break;
-    case 2: product(2 < COLUMNS ? 2 : 1, depth, a, a_row, a_step, b, b_step, c, c_row, add); break;
-    case 1: product(1, depth, a, a_row, a_step, b, b_step, c, c_row, add); break;
+    case 3: product(3 < COLUMNS ? 3 : 1, depth, a, a_row, a_step, b, b_step, c, c_row, add, words); break;
+    case 2: product(2 < COLUMNS ? 2 : 1, depth, a, a_row, a_step, b, b_step, c, c_row, add, words); break;
+    case 1: product(1, depth, a, a_row, a_step, b, b_step, c, c_row, add, words); break;
     default: break;
     }
 }
 
-/* Which rows of a tile see at least one of the keys j..last of its chain, in whole registers. */
+/* c [GROUP, columns] (+)= a b, with element (r, k) of a at r a_row + k a_step; columns fill registers, depth counts floats or words. */
+static __attribute__((noinline)) void multiply(i64 columns, i64 depth, const float *a, i64 a_row, i64 a_step, const float *b, i64 b_step, float *c,
+                                               i64 c_row, int add, int words) {
+    if (words)
+        columns_of(columns, depth, a, a_row, a_step, b, b_step, c, c_row, add, WORDS);
+    else
+        columns_of(columns, depth, a, a_row, a_step, b, b_step, c, c_row, add, 0);
+}
+
+/* Who sees whom. */
+
 typedef struct {
     i64 first, end;
 } span_t;
 
-INLINE span_t seen_by(const shape_t *shape, const tile_t *t, i64 j, i64 last) {
+/* Which rows of a tile see at least one of the keys j..j + GROUP of its chain, in whole registers. */
+INLINE span_t seen_by(const shape_t *shape, const tile_t *t, i64 j) {
     span_t s = {clamp((j - t->place) * shape->groups, 0, t->padded) / LANES * LANES, t->padded};
-    if (shape->window) s.end = whole(clamp((last + shape->window - t->place) * shape->groups, 0, t->padded));
+    if (shape->window) s.end = whole(clamp((j + GROUP - 1 + shape->window - t->place) * shape->groups, 0, t->padded));
+    return s;
+}
+
+/* Which keys of a block the rows r..r + GROUP of a tile see, in pairs. */
+INLINE span_t seen_from(const shape_t *shape, const tile_t *t, i64 r, block_t b) {
+    i64 place = t->place - b.start, last = place + (r + GROUP - 1) / shape->groups;
+    span_t s = {0, clamp(last + 1, 0, b.count)};
+    if (shape->window) s.first = clamp(place + r / shape->groups - shape->window + 1, 0, s.end) / 2 * 2;
+    s.end += s.end % 2;
     return s;
 }
 
@@ -112,25 +158,95 @@ INLINE void hide(const shape_t *shape, const tile_t *t, i64 j, span_t span, floa
     for (i64 r = end; r < span.end; r++) s[r] = -INFINITY;
 }
 
-/* Which keys of a block the rows r..r + GROUP of a tile see, counted from the block's first. */
-INLINE span_t seen_from(const shape_t *shape, const tile_t *t, i64 r, i64 start, i64 count) {
-    i64 place = t->place - start, last = place + (r + GROUP - 1) / shape->groups;
-    span_t s = {0, clamp(last + 1, 0, count)};
-    if (shape->window) s.first = clamp(place + r / shape->groups - shape->window + 1, 0, s.end);
-    return s;
-}
-
 INLINE tile_t tile_of(const shape_t *shape, i64 head, i64 segment, i64 start) {
-    i64 tokens = larger(1, TILE / shape->groups), stop = smaller(start + tokens, shape->first[segment + 1]);
-    tile_t t = {head, start, stop, shape->before[segment] + start - shape->first[segment], (stop - start) * shape->groups, 0};
-    t.padded = whole(t.rows);
-    return t;
+    i64 stop = smaller(start + larger(1, TILE / shape->groups), shape->first[segment + 1]), rows = (stop - start) * shape->groups;
+    return (tile_t){segment, head, start, stop, shape->before[segment] + start - shape->first[segment], rows, whole(rows)};
 }
 
-/* What happens to the scores of one key, over the rows that see it. */
+/* The keys that a tile sees. */
+INLINE i64 first_key(const shape_t *shape, const tile_t *t) { return shape->window ? larger(0, t->place - shape->window + 1) : 0; }
+INLINE i64 end_key(const tile_t *t) { return t->place + t->stop - t->start; }
 
-INLINE void score(float *restrict s, span_t span, float scale, float cap, int has_cap) {
-    SIMD for (i64 r = span.first; r < span.end; r++) s[r] = has_cap ? cap * fast_tanh(s[r] * scale / cap) : s[r] * scale;
+/* Reading and writing. */
+
+INLINE void load_floats(float *restrict to, const void *restrict from, i64 n, i64 wide, int half) {
+    if (half)
+        SIMD for (i64 d = 0; d < n; d++) to[d] = load(from, d, 1);
+    else
+        SIMD for (i64 d = 0; d < n; d++) to[d] = load(from, d, 0);
+    for (i64 d = n; d < wide; d++) to[d] = 0;
+}
+
+/* Words of two neighbours in a row, and of two rows. */
+INLINE void load_neighbours(float *restrict to, const void *restrict from, i64 n, i64 wide) {
+    memset((char *)memcpy(to, from, (size_t)n * 2) + n * 2, 0, (size_t)(wide - n) * 2);
+}
+
+INLINE void load_pair(float *restrict to, const uint16_t *restrict a, const uint16_t *restrict b, i64 n, i64 wide) {
+    SIMD for (i64 d = 0; d < n; d++) to[d] = float_of(a[d] | (uint32_t)b[d] << 16);
+    for (i64 d = n; d < wide; d++) to[d] = 0;
+}
+
+INLINE void store_row(void *restrict to, const float *restrict from, float factor, i64 n, int half) {
+    if (half)
+        SIMD for (i64 d = 0; d < n; d++) store(to, d, from[d] * factor, 1);
+    else
+        SIMD for (i64 d = 0; d < n; d++) store(to, d, from[d] * factor, 0);
+}
+
+/* Row r of a tile, to be read or written where it is no padding. */
+INLINE const void *row_at(const shape_t *shape, const tile_t *t, rows_t x, i64 r) {
+    i64 token = t->start + r / shape->groups, head = t->head * shape->groups + r % shape->groups;
+    return at(x.data, head * x.head + token * x.token, shape->half);
+}
+
+/* A tile to be summed over its rows (may be NULL) and over its dimensions. */
+static void load_rows(const shape_t *shape, const tile_t *t, rows_t x, i64 dim, float *rows, float *turned, i64 stride) {
+    i64 wide = whole(dim), words = in_words(shape), depth = words ? (dim + 1) / 2 : dim;
+    float line[2][wide];
+    for (i64 r = 0; r < t->padded; r++) {
+        i64 n = r < t->rows ? dim : 0;
+        const void *from = row_at(shape, t, x, r);
+        float *to = line[r % 2];
+        if (words)
+            load_neighbours(to, from, n, wide);
+        else
+            load_floats(to, from, n, wide, shape->half);
+        for (i64 d = 0; d < depth; d++) turned[d * stride + r] = to[d];
+        if (!rows) continue;
+        if (!words)
+            memcpy(rows + r * wide, to, (size_t)wide * sizeof(float));
+        else if (r % 2)
+            load_pair(rows + r / 2 * wide, (uint16_t *)line[0], (uint16_t *)line[1], wide, wide);
+    }
+}
+
+/* A block of a segment's chain to be summed over its keys and over its dimensions (either may be NULL), with zeros up to a whole group. */
+static void load_block(const shape_t *shape, i64 head, i64 segment, block_t b, rows_t x, i64 dim, float *keys, float *turned) {
+    i64 wide = whole(dim), words = in_words(shape), end = (b.count + GROUP - 1) / GROUP * GROUP;
+    float line[2][wide];
+    for (i64 j = end - 1; j >= 0; j--) {
+        i64 n = j < b.count ? dim : 0;
+        while (n && b.start + j < shape->before[segment]) segment = shape->parent[segment];
+        i64 token = shape->first[segment] + b.start + j - shape->before[segment];
+        const void *from = at(x.data, head * x.head + token * x.token, shape->half);
+        if (!words) {
+            load_floats(keys ? keys + j * wide : turned + j * wide, from, n, wide, shape->half);
+            continue;
+        }
+        load_neighbours(line[j % 2], from, n, wide);
+        if (turned) memcpy(turned + j * wide / 2, line[j % 2], (size_t)wide * 2);
+        if (keys && j % 2 == 0) load_pair(keys + j / 2 * wide, (uint16_t *)line[0], (uint16_t *)line[1], wide, wide);
+    }
+}
+
+/* What happens to the scores of a key, over the rows that see it. */
+
+INLINE void score(float *restrict s, span_t span, float scale, float cap) {
+    if (cap > 0)
+        SIMD for (i64 r = span.first; r < span.end; r++) s[r] = cap * fast_tanh(s[r] * scale / cap);
+    else
+        SIMD for (i64 r = span.first; r < span.end; r++) s[r] *= scale;
 }
 
 INLINE void raise(const float *restrict s, float *restrict top, span_t span) {
@@ -145,16 +261,18 @@ INLINE void exponentiate(float *restrict s, const float *restrict top, float *re
 }
 
 /* s becomes the score, ds = (do v - delta) f'. */
-INLINE void slope(float *restrict s, float *restrict ds, const float *restrict delta, span_t span, float scale, float cap, int has_cap) {
-    SIMD for (i64 r = span.first; r < span.end; r++) {
-        float x = s[r] * scale, d = ds[r] - delta[r];
-        if (has_cap) {
-            x = fast_tanh(x / cap);
-            d *= 1 - x * x;
-            x *= cap;
+INLINE void slope(float *restrict s, float *restrict ds, const float *restrict delta, span_t span, float scale, float cap) {
+    if (cap > 0)
+        SIMD for (i64 r = span.first; r < span.end; r++) {
+            float x = fast_tanh(s[r] * scale / cap);
+            s[r] = x * cap;
+            ds[r] = (ds[r] - delta[r]) * (1 - x * x);
         }
-        s[r] = x, ds[r] = d;
-    }
+    else
+        SIMD for (i64 r = span.first; r < span.end; r++) {
+            s[r] *= scale;
+            ds[r] -= delta[r];
+        }
 }
 
 /* s becomes p, ds is complete. */
@@ -165,6 +283,28 @@ INLINE void weigh(float *restrict s, float *restrict ds, const float *restrict l
     }
 }
 
+/* Words of two keys' values for each row; and of two rows' values for one key. */
+INLINE void pair_keys(float *restrict to, const float *restrict a, const float *restrict b, span_t span) {
+#if defined(__AVX512BF16__)
+    for (i64 r = span.first; r < span.end; r += LANES) {
+        __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + r)));
+        __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(b + r)));
+        _mm512_storeu_ps(to + r, (__m512)_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+#else
+    (void)to, (void)a, (void)b, (void)span;
+#endif
+}
+
+INLINE void pair_rows(float *restrict to, const float *restrict a, span_t span) {
+#if defined(__AVX512BF16__)
+    for (i64 r = span.first; r < span.end; r += LANES)
+        _mm256_storeu_si256((__m256i *)((uint16_t *)to + r), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + r)));
+#else
+    (void)to, (void)a, (void)span;
+#endif
+}
+
 INLINE void rescale(float *restrict row, float factor, i64 n) {
     SIMD for (i64 d = 0; d < n; d++) row[d] *= factor;
 }
@@ -173,134 +313,106 @@ INLINE void add_row(float *restrict to, const float *restrict from, i64 n) {
     SIMD for (i64 d = 0; d < n; d++) to[d] += from[d];
 }
 
-INLINE void store_row(void *restrict to, const float *restrict from, float factor, i64 n, int half) {
-    SIMD for (i64 d = 0; d < n; d++) store(to, d, from[d] * factor, half);
-}
+/* Forward. */
 
-INLINE void load_row(float *restrict to, const void *restrict from, i64 n, i64 wide, int half) {
-    SIMD for (i64 d = 0; d < n; d++) to[d] = load(from, d, half);
-    for (i64 d = n; d < wide; d++) to[d] = 0;
-}
-
-/* Rows of a tile in fp32: as they are (`to`, its width in whole registers) and turned around (`turned`); padded with zeros. */
-INLINE void load_rows(const shape_t *shape, const tile_t *t, rows_t from, i64 dim, float *to, float *turned, i64 stride, int half) {
-    i64 wide = whole(dim);
-    for (i64 r = 0; r < t->padded; r++) {
-        float *row = to + r * wide;
-        i64 token = t->start + r / shape->groups, head = t->head * shape->groups + r % shape->groups;
-        const void *in = at(from.data, head * from.head + token * from.token, half);
-        load_row(row, in, r < t->rows ? dim : 0, wide, half);
-    }
-    for (i64 d = 0; d < dim; d++)
-        for (i64 r = 0; r < t->padded; r++) turned[d * stride + r] = to[r * wide + d];
-}
-
-/* Keys or values start..start + count of a segment's chain, and zeros up to a whole group. */
-INLINE void load_block(const shape_t *shape, i64 head, i64 segment, rows_t from, i64 dim, i64 start, i64 count, float *to, int half) {
-    i64 wide = whole(dim);
-    for (i64 j = count - 1; j >= 0; j--) {
-        while (start + j < shape->before[segment]) segment = shape->parent[segment];
-        i64 token = shape->first[segment] + start + j - shape->before[segment];
-        const void *in = at(from.data, head * from.head + token * from.token, half);
-        load_row(to + j * wide, in, dim, wide, half);
-    }
-    i64 rest = (GROUP - count % GROUP) % GROUP;
-    memset(to + count * wide, 0, (size_t)(rest * wide) * sizeof(float));
-}
-
-INLINE void forward_block(const shape_t *shape, const tile_t *t, work_t *w, i64 start, i64 count, int first, int has_cap) {
-    i64 stride = w->padded, rows = t->padded;
-    memcpy(w->factor, w->top, (size_t)rows * sizeof(float));
-    for (i64 j = 0; j < count; j += GROUP) {
-        span_t span = seen_by(shape, t, start + j, start + j + GROUP - 1);
+static void forward_block(const shape_t *shape, const tile_t *t, block_t b, work_t *w, int first) {
+    i64 stride = w->rows, words = in_words(shape), per = words ? 2 : 1;
+    float *restrict part = w->lse, *restrict factor = w->factor, *restrict sum = w->sum, *restrict top = w->top;
+    memcpy(factor, top, (size_t)t->padded * sizeof(float));
+    for (i64 j = 0; j < b.count; j += GROUP) {
+        span_t span = seen_by(shape, t, b.start + j);
         float *s = w->s + j * stride;
-        multiply(span.end - span.first, shape->dim, w->k + j * w->dim, w->dim, 1, w->qt + span.first, stride, s + span.first, stride, 0);
+        multiply(span.end - span.first, (shape->dim + per - 1) / per, w->k_turned + j * w->dim / per, w->dim / per, 1, w->q_turned + span.first,
+                 stride, s + span.first, stride, 0, (int)words);
         for (i64 i = 0; i < GROUP; i++, s += stride) {
-            score(s, span, shape->scale, shape->cap, has_cap);
-            hide(shape, t, start + j + i, span, s);
-            raise(s, w->top, span);
+            score(s, span, shape->scale, shape->cap);
+            hide(shape, t, b.start + j + i, span, s);
+            raise(s, top, span);
         }
     }
-    float *restrict part = w->lse, *restrict factor = w->factor, *restrict sum = w->sum, *restrict top = w->top;
-    SIMD for (i64 r = 0; r < rows; r++) {
+    SIMD for (i64 r = 0; r < t->padded; r++) {
         factor[r] = fast_exp(factor[r] - top[r]);
         part[r] = 0;
     }
-    for (i64 j = 0; j < count; j += GROUP) {
-        span_t span = seen_by(shape, t, start + j, start + j + GROUP - 1);
-        float *s = w->s + j * stride;
-        for (i64 i = 0; i < GROUP; i++, s += stride) exponentiate(s, top, part, span);
+    for (i64 j = 0; j < b.count; j += GROUP) {
+        span_t span = seen_by(shape, t, b.start + j);
+        for (i64 i = j; i < j + GROUP; i++) {
+            exponentiate(w->s + i * stride, top, part, span);
+            if (words && i % 2) pair_keys(w->right + i / 2 * stride, w->s + (i - 1) * stride, w->s + i * stride, span);
+        }
     }
-    SIMD for (i64 r = 0; r < rows; r++) sum[r] = sum[r] * factor[r] + part[r];
-    for (i64 r = 0; r < rows; r += GROUP) {
-        span_t keys = seen_from(shape, t, r, start, count);
-        if (!first)
-            for (i64 i = r; i < r + GROUP; i++) rescale(w->out + i * w->vdim, factor[i], w->vdim);
-        const float *p = w->s + keys.first * stride + r, *v = w->v + keys.first * w->vdim;
-        multiply(w->vdim, keys.end - keys.first, p, 1, stride, v, w->vdim, w->out + r * w->vdim, w->vdim, !first);
+    SIMD for (i64 r = 0; r < t->padded; r++) sum[r] = sum[r] * factor[r] + part[r];
+    for (i64 r = 0; r < t->padded; r += GROUP) {
+        span_t keys = seen_from(shape, t, r, b);
+        for (i64 i = r; !first && i < r + GROUP; i++) rescale(w->out + i * w->vdim, factor[i], w->vdim);
+        const float *p = (words ? w->right : w->s) + keys.first / per * stride + r, *v = w->v + keys.first / per * w->vdim;
+        multiply(w->vdim, (keys.end - keys.first) / per, p, 1, stride, v, w->vdim, w->out + r * w->vdim, w->vdim, !first, (int)words);
     }
 }
 
-INLINE void forward_tile(const shape_t *shape, i64 segment, const tile_t *t, work_t *w, rows_t q, rows_t k, rows_t v, rows_t out, float *lse,
-                         const float *sinks, int half) {
-    i64 groups = shape->groups, end = t->place + t->stop - t->start, start = shape->window ? larger(0, t->place - shape->window + 1) : 0;
-    load_rows(shape, t, q, shape->dim, w->q, w->qt, w->padded, half);
+static void forward_tile(const shape_t *shape, const tile_t *t, work_t *w, const rows_t *x, float *lse, const float *sinks) {
+    i64 groups = shape->groups, start = first_key(shape, t), end = end_key(t);
+    load_rows(shape, t, x[0], shape->dim, NULL, w->q_turned, w->rows);
     for (i64 r = 0; r < t->padded; r++) {
         w->top[r] = sinks ? sinks[t->head * groups + r % groups] : -1e30f;
         w->sum[r] = sinks ? 1 : 0;
     }
-    for (i64 block = start; block < end; block += KEYS) {
-        i64 count = smaller(KEYS, end - block);
-        load_block(shape, t->head, segment, k, shape->dim, block, count, w->k, half);
-        load_block(shape, t->head, segment, v, shape->vdim, block, count, w->v, half);
-        if (shape->cap > 0)
-            forward_block(shape, t, w, block, count, block == start, 1);
-        else
-            forward_block(shape, t, w, block, count, block == start, 0);
+    for (i64 from = start; from < end; from += KEYS) {
+        block_t b = {from, smaller(KEYS, end - from)};
+        load_block(shape, t->head, t->segment, b, x[1], shape->dim, NULL, w->k_turned);
+        load_block(shape, t->head, t->segment, b, x[2], shape->vdim, w->v, NULL);
+        forward_block(shape, t, b, w, from == start);
     }
+    float *to = lse + (t->head * shape->first[shape->segments] + t->start) * groups;
     for (i64 r = 0; r < t->rows; r++) {
-        i64 token = t->start + r / groups, head = t->head * groups + r % groups;
-        void *row = out_at(out.data, head * out.head + token * out.token, half);
-        store_row(row, w->out + r * w->vdim, 1 / w->sum[r], shape->vdim, half);
-        lse[(t->head * shape->first[shape->segments] + token) * groups + r % groups] = w->top[r] + logf(w->sum[r]);
+        store_row((void *)row_at(shape, t, x[3], r), w->out + r * w->vdim, 1 / w->sum[r], shape->vdim, shape->half);
+        to[r] = w->top[r] + logf(w->sum[r]);
     }
 }
 
-/* p and ds of a block, and the products of ds that are wanted: dq of the tile, dk and dv of the block. */
-INLINE void backward_block(const shape_t *shape, const tile_t *t, work_t *w, i64 start, i64 count, int want_q, int want_kv, int has_cap) {
-    i64 stride = w->padded;
-    for (i64 j = 0; j < count; j += GROUP) {
-        span_t span = seen_by(shape, t, start + j, start + j + GROUP - 1);
-        i64 n = span.end - span.first;
-        float *s = w->s + j * stride, *ds = w->ds + j * stride;
-        multiply(n, shape->dim, w->k + j * w->dim, w->dim, 1, w->qt + span.first, stride, s + span.first, stride, 0);
-        multiply(n, shape->vdim, w->v + j * w->vdim, w->vdim, 1, w->gt + span.first, stride, ds + span.first, stride, 0);
-        for (i64 i = 0; i < GROUP; i++, s += stride, ds += stride) {
-            slope(s, ds, w->delta, span, shape->scale, shape->cap, has_cap);
-            hide(shape, t, start + j + i, span, s);
-            weigh(s, ds, w->lse, span);
-        }
-        if (want_kv && n > 0) {
-            s = w->s + j * stride + span.first, ds = w->ds + j * stride + span.first;
-            multiply(w->dim, n, ds, stride, 1, w->q + span.first * w->dim, w->dim, w->dk + j * w->dim, w->dim, 1);
-            multiply(w->vdim, n, s, stride, 1, w->g + span.first * w->vdim, w->vdim, w->dv + j * w->vdim, w->vdim, 1);
-        }
-    }
-    for (i64 r = 0; want_q && r < t->padded; r += GROUP) {
-        span_t keys = seen_from(shape, t, r, start, count);
-        const float *ds = w->ds + keys.first * stride + r, *k = w->k + keys.first * w->dim;
-        multiply(w->dim, keys.end - keys.first, ds, 1, stride, k, w->dim, w->out + r * w->dim, w->dim, 1);
-    }
-}
+/* Backward. */
 
 typedef struct {
     rows_t q, k, v, g, dq, dk, dv;
     const float *lse, *delta;
 } grads_t;
 
-INLINE void load_tile(const shape_t *shape, const tile_t *t, work_t *w, const grads_t *x, int half) {
-    load_rows(shape, t, x->q, shape->dim, w->q, w->qt, w->padded, half);
-    load_rows(shape, t, x->g, shape->vdim, w->g, w->gt, w->padded, half);
+/* p and ds of a block, and what is wanted of their products: dq of the tile, dk and dv of the block. */
+static void backward_block(const shape_t *shape, const tile_t *t, block_t b, work_t *w, int want_q, int want_kv) {
+    i64 stride = w->rows, words = in_words(shape), per = words ? 2 : 1;
+    for (i64 j = 0; j < b.count; j += GROUP) {
+        span_t span = seen_by(shape, t, b.start + j);
+        i64 n = span.end - span.first, at_row = span.first / per;
+        if (n <= 0) continue;
+        multiply(n, (shape->dim + per - 1) / per, w->k_turned + j * w->dim / per, w->dim / per, 1, w->q_turned + span.first, stride,
+                 w->s + j * stride + span.first, stride, 0, (int)words);
+        multiply(n, (shape->vdim + per - 1) / per, w->v_turned + j * w->vdim / per, w->vdim / per, 1, w->g_turned + span.first, stride,
+                 w->ds + j * stride + span.first, stride, 0, (int)words);
+        for (i64 i = j; i < j + GROUP; i++) {
+            float *s = w->s + i * stride, *ds = w->ds + i * stride;
+            slope(s, ds, w->delta, span, shape->scale, shape->cap);
+            hide(shape, t, b.start + i, span, s);
+            weigh(s, ds, w->lse, span);
+            if (!words) continue;
+            pair_rows(w->p_left + i * stride / 2, s, span);
+            pair_rows(w->ds_left + i * stride / 2, ds, span);
+            if (i % 2) pair_keys(w->right + i / 2 * stride, ds - stride, ds, span);
+        }
+        if (!want_kv) continue;
+        const float *p = (words ? w->p_left : w->s) + j * stride / per + at_row, *ds = (words ? w->ds_left : w->ds) + j * stride / per + at_row;
+        multiply(w->dim, n / per, ds, stride / per, 1, w->q + at_row * w->dim, w->dim, w->dk + j * w->dim, w->dim, 1, (int)words);
+        multiply(w->vdim, n / per, p, stride / per, 1, w->g + at_row * w->vdim, w->vdim, w->dv + j * w->vdim, w->vdim, 1, (int)words);
+    }
+    for (i64 r = 0; want_q && r < t->padded; r += GROUP) {
+        span_t keys = seen_from(shape, t, r, b);
+        const float *ds = (words ? w->right : w->ds) + keys.first / per * stride + r, *k = w->k + keys.first / per * w->dim;
+        multiply(w->dim, (keys.end - keys.first) / per, ds, 1, stride, k, w->dim, w->out + r * w->dim, w->dim, 1, (int)words);
+    }
+}
+
+static void load_tile(const shape_t *shape, const tile_t *t, work_t *w, const grads_t *x, int want_kv) {
+    load_rows(shape, t, x->q, shape->dim, want_kv ? w->q : NULL, w->q_turned, w->rows);
+    load_rows(shape, t, x->g, shape->vdim, want_kv ? w->g : NULL, w->g_turned, w->rows);
     i64 from = (t->head * shape->first[shape->segments] + t->start) * shape->groups;
     for (i64 r = 0; r < t->padded; r++) {
         w->lse[r] = r < t->rows ? x->lse[from + r] : INFINITY;
@@ -308,67 +420,43 @@ INLINE void load_tile(const shape_t *shape, const tile_t *t, work_t *w, const gr
     }
 }
 
-INLINE void load_keys(const shape_t *shape, i64 head, i64 segment, i64 start, i64 count, work_t *w, const grads_t *x, int half) {
-    load_block(shape, head, segment, x->k, shape->dim, start, count, w->k, half);
-    load_block(shape, head, segment, x->v, shape->vdim, start, count, w->v, half);
-}
-
-INLINE void block_of(const shape_t *shape, const tile_t *t, work_t *w, i64 start, i64 count, int want_q, int want_kv) {
-    if (shape->cap > 0)
-        backward_block(shape, t, w, start, count, want_q, want_kv, 1);
-    else
-        backward_block(shape, t, w, start, count, want_q, want_kv, 0);
+static void load_keys(const shape_t *shape, i64 head, i64 segment, block_t b, work_t *w, const grads_t *x) {
+    load_block(shape, head, segment, b, x->k, shape->dim, w->k, w->k_turned);
+    load_block(shape, head, segment, b, x->v, shape->vdim, NULL, w->v_turned);
 }
 
 /* dq of one tile; with `tree` >= 0, the first token of its tree, dk and dv of all its keys are added to the thread's sums, too. */
-static void tile_gradient(const shape_t *shape, i64 segment, const tile_t *t, work_t *w, const grads_t *x, i64 tree) {
-    i64 groups = shape->groups, end = t->place + t->stop - t->start, start = shape->window ? larger(0, t->place - shape->window + 1) : 0;
-    if (shape->half)
-        load_tile(shape, t, w, x, 1);
-    else
-        load_tile(shape, t, w, x, 0);
+static void tile_gradient(const shape_t *shape, const tile_t *t, work_t *w, const grads_t *x, i64 tree) {
+    load_tile(shape, t, w, x, tree >= 0);
     memset(w->out, 0, (size_t)(t->padded * w->dim) * sizeof(float));
-    for (i64 block = start; block < end; block += KEYS) {
-        i64 count = smaller(KEYS, end - block), s = segment;
-        if (shape->half)
-            load_keys(shape, t->head, segment, block, count, w, x, 1);
-        else
-            load_keys(shape, t->head, segment, block, count, w, x, 0);
+    for (i64 from = first_key(shape, t), end = end_key(t); from < end; from += KEYS) {
+        block_t b = {from, smaller(KEYS, end - from)};
+        load_keys(shape, t->head, t->segment, b, w, x);
         if (tree < 0) {
-            block_of(shape, t, w, block, count, 1, 0);
+            backward_block(shape, t, b, w, 1, 0);
             continue;
         }
         memset(w->dk, 0, (size_t)(KEYS * w->dim) * sizeof(float));
         memset(w->dv, 0, (size_t)(KEYS * w->vdim) * sizeof(float));
-        block_of(shape, t, w, block, count, 1, 1);
-        for (i64 j = count - 1; j >= 0; j--) {
-            while (block + j < shape->before[s]) s = shape->parent[s];
-            i64 token = shape->first[s] + block + j - shape->before[s] - tree;
+        backward_block(shape, t, b, w, 1, 1);
+        for (i64 j = b.count - 1, s = t->segment; j >= 0; j--) {
+            while (from + j < shape->before[s]) s = shape->parent[s];
+            i64 token = shape->first[s] + from + j - shape->before[s] - tree;
             add_row(w->all_dk + token * w->dim, w->dk + j * w->dim, w->dim);
             add_row(w->all_dv + token * w->vdim, w->dv + j * w->vdim, w->vdim);
         }
     }
-    for (i64 r = 0; r < t->rows; r++) {
-        i64 token = t->start + r / groups, head = t->head * groups + r % groups;
-        void *row = out_at(x->dq.data, head * x->dq.head + token * x->dq.token, shape->half);
-        if (shape->half)
-            store_row(row, w->out + r * w->dim, shape->scale, shape->dim, 1);
-        else
-            store_row(row, w->out + r * w->dim, shape->scale, shape->dim, 0);
-    }
+    for (i64 r = 0; r < t->rows; r++)
+        store_row((void *)row_at(shape, t, x->dq, r), w->out + r * w->dim, shape->scale, shape->dim, shape->half);
 }
 
-INLINE void store_keys(const shape_t *shape, i64 head, i64 first, i64 count, rows_t to, i64 dim, i64 wide, const float *from, float factor) {
-    for (i64 j = 0; j < count; j++) {
-        void *row = out_at(to.data, head * to.head + (first + j) * to.token, shape->half);
-        if (shape->half)
-            store_row(row, from + j * wide, factor, dim, 1);
-        else
-            store_row(row, from + j * wide, factor, dim, 0);
-    }
+/* The gradients of `count` tokens from `first` on, which lie in `from` [count, wide]. */
+static void store_keys(const shape_t *shape, i64 head, i64 first, i64 count, rows_t to, i64 dim, const float *from, float factor) {
+    for (i64 j = 0; j < count; j++)
+        store_row(out_at(to.data, head * to.head + (first + j) * to.token, shape->half), from + j * whole(dim), factor, dim, shape->half);
 }
 
-/* All gradients of one head of a tree: the segments first..end. */
+/* All gradients of one head of the segments first..end. */
 static void tree_gradients(const shape_t *shape, i64 head, i64 first, i64 end, work_t *w, const grads_t *x) {
     i64 start = shape->first[first], tokens = shape->first[end] - start;
     memset(w->all_dk, 0, (size_t)(tokens * w->dim) * sizeof(float));
@@ -376,11 +464,11 @@ static void tree_gradients(const shape_t *shape, i64 head, i64 first, i64 end, w
     for (i64 s = first; s < end; s++)
         for (i64 token = shape->first[s]; token < shape->first[s + 1];) {
             tile_t t = tile_of(shape, head, s, token);
-            tile_gradient(shape, s, &t, w, x, start);
+            tile_gradient(shape, &t, w, x, start);
             token = t.stop;
         }
-    store_keys(shape, head, start, tokens, x->dk, shape->dim, w->dim, w->all_dk, shape->scale);
-    store_keys(shape, head, start, tokens, x->dv, shape->vdim, w->vdim, w->all_dv, 1);
+    store_keys(shape, head, start, tokens, x->dk, shape->dim, w->all_dk, shape->scale);
+    store_keys(shape, head, start, tokens, x->dv, shape->vdim, w->all_dv, 1);
 }
 
 INLINE int descends(const shape_t *shape, i64 segment, i64 from) {
@@ -390,11 +478,8 @@ INLINE int descends(const shape_t *shape, i64 segment, i64 from) {
 
 /* dk and dv of the keys start..start + count of a segment, from all the tiles that see them, up to segment `end`. */
 static void key_gradients(const shape_t *shape, i64 head, i64 segment, i64 end, i64 start, i64 count, work_t *w, const grads_t *x) {
-    i64 place = shape->before[segment] + start - shape->first[segment];
-    if (shape->half)
-        load_keys(shape, head, segment, place, count, w, x, 1);
-    else
-        load_keys(shape, head, segment, place, count, w, x, 0);
+    block_t b = {shape->before[segment] + start - shape->first[segment], count};
+    load_keys(shape, head, segment, b, w, x);
     memset(w->dk, 0, (size_t)(KEYS * w->dim) * sizeof(float));
     memset(w->dv, 0, (size_t)(KEYS * w->vdim) * sizeof(float));
     for (i64 s = segment; s < end; s++) {
@@ -402,31 +487,36 @@ static void key_gradients(const shape_t *shape, i64 head, i64 segment, i64 end, 
         for (i64 token = s == segment ? start : shape->first[s]; token < shape->first[s + 1];) {
             tile_t t = tile_of(shape, head, s, token);
             token = t.stop;
-            if (shape->window && t.place >= place + count + shape->window - 1) break;
-            if (shape->half)
-                load_tile(shape, &t, w, x, 1);
-            else
-                load_tile(shape, &t, w, x, 0);
-            block_of(shape, &t, w, place, count, 0, 1);
+            if (shape->window && t.place >= b.start + count + shape->window - 1) break;
+            load_tile(shape, &t, w, x, 1);
+            backward_block(shape, &t, b, w, 0, 1);
         }
     }
-    store_keys(shape, head, start, count, x->dk, shape->dim, w->dim, w->dk, shape->scale);
-    store_keys(shape, head, start, count, x->dv, shape->vdim, w->vdim, w->dv, 1);
+    store_keys(shape, head, start, count, x->dk, shape->dim, w->dk, shape->scale);
+    store_keys(shape, head, start, count, x->dv, shape->vdim, w->dv, 1);
 }
 
 static int prepare(const shape_t *shape, work_t *w) {
-    i64 rows = whole(larger(TILE, shape->groups)), d = whole(shape->dim), v = whole(shape->vdim), wide = larger(d, v);
-    w->dim = d, w->vdim = v, w->padded = rows;
-    float **parts[] = {&w->q, &w->qt, &w->g, &w->gt, &w->lse, &w->delta, &w->k, &w->v, &w->s, &w->ds, &w->out, &w->top, &w->sum, &w->factor, &w->dk, &w->dv, &w->all_dk, &w->all_dv};
-    i64 sizes[] = {rows * d, rows * d, rows * v, rows * v, rows, rows, KEYS * d, KEYS * v, KEYS * rows, KEYS * rows, rows * wide, rows, rows, rows, KEYS * d, KEYS * v, WHOLE * d, WHOLE * v};
-    i64 total = 0, count = sizeof sizes / sizeof *sizes;
-    for (i64 i = 0; i < count; i++) total += whole(sizes[i]);
+    i64 rows = whole(larger(TILE, shape->groups)), d = whole(shape->dim), v = whole(shape->vdim);
+    w->dim = d, w->vdim = v, w->rows = rows;
+    struct {
+        float **to;
+        i64 size;
+    } parts[] = {
+        {&w->q, rows * d},  {&w->q_turned, rows * d}, {&w->g, rows * v},   {&w->g_turned, rows * v}, {&w->k, KEYS * d},     {&w->k_turned, KEYS * d},
+        {&w->v, KEYS * v},  {&w->v_turned, KEYS * v}, {&w->s, KEYS * rows}, {&w->ds, KEYS * rows},    {&w->p_left, KEYS * rows}, {&w->ds_left, KEYS * rows},
+        {&w->right, KEYS * rows}, {&w->out, rows * larger(d, v)}, {&w->top, rows}, {&w->sum, rows}, {&w->factor, rows}, {&w->lse, rows},
+        {&w->delta, rows}, {&w->dk, KEYS * d}, {&w->dv, KEYS * v}, {&w->all_dk, WHOLE * d}, {&w->all_dv, WHOLE * v},
+    };
+    i64 total = 0, count = sizeof parts / sizeof *parts;
+    for (i64 i = 0; i < count; i++) total += whole(parts[i].size);
     w->memory = aligned_alloc(64, (size_t)(total * 4 + 63) / 64 * 64);
     float *next = w->memory;
     for (i64 i = 0; next && i < count; i++) {
-        *parts[i] = next;
-        next += whole(sizes[i]);
+        *parts[i].to = next;
+        next += whole(parts[i].size);
     }
+    if (!in_words(shape)) w->k_turned = w->k, w->v_turned = w->v; /* the same memory does for both sums */
     return w->memory == NULL;
 }
 
@@ -483,10 +573,7 @@ EXPORT int burnish_attention_forward(const shape_t *shape, const rows_t *x, floa
             for (i64 i = 0; i < count; i++) {
                 if (failed) continue;
                 tile_t t = tile_of(shape, head, jobs[i].segment, jobs[i].start);
-                if (shape->half)
-                    forward_tile(shape, jobs[i].segment, &t, &w, x[0], x[1], x[2], x[3], lse, sinks, 1);
-                else
-                    forward_tile(shape, jobs[i].segment, &t, &w, x[0], x[1], x[2], x[3], lse, sinks, 0);
+                forward_tile(shape, &t, &w, x, lse, sinks);
             }
         free(w.memory);
     }
@@ -545,7 +632,7 @@ EXPORT int burnish_attention_backward(const shape_t *shape, const rows_t *x, con
                     key_gradients(shape, head, job.segment, job.end, job.start, job.count, &w, &all);
                 else {
                     tile_t t = tile_of(shape, head, job.segment, job.start);
-                    tile_gradient(shape, job.segment, &t, &w, &all, -1);
+                    tile_gradient(shape, &t, &w, &all, -1);
                 }
             }
         free(w.memory);
