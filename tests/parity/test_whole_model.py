@@ -85,11 +85,11 @@ def assert_same(found, expected, tolerance=1e-6):
 
 FAST = 1e-5
 """How near fast modules are to the plain model as a whole: as near as its rounding, which depth and these large weights multiply. (Its
-norms compute in fp32 even in an fp64 model.) What does not depend on the model's own rounding is held to 1e-6 throughout."""
+norms compute in fp32 even in an fp64 model.) What does not depend on the model's own rounding is held to 2e-6 throughout."""
 
 
-EXACT = 1e-6 if DEVICE.type == "cpu" else FAST
-"""The same without fast modules: on a GPU fused attention and the plain model's differ by the rounding of fp32, too."""
+EXACT = 2e-6 if DEVICE.type == "cpu" else FAST
+"""The same without fast modules: fused attention and the plain model's differ by the rounding of fp32, too."""
 
 
 @pytest.mark.parametrize("kernels", [False, True])

@@ -1,8 +1,9 @@
-"""Forest attention by the C kernels of `native/attention.c`: flash attention for a CPU, in bf16 and fp32.
+"""Forest attention by the C kernels of `native/attention_*.c`: flash attention for a CPU, in bf16 and fp32.
 
-Kept for the backward pass are q, k, v (the caller's own), the output and one number per row, the log-sum-exp; probabilities are computed
-again. bf16 inputs are widened, and nothing is rounded before the results are: the error is below that of `gemm_attention`, its twin in
-torch, which rounds probabilities and their gradients to bf16.
+Kept for the backward pass are q, k, v (the caller's own), the output and two numbers of each row's softmax; probabilities are computed
+again. Scores, softmax and sums are fp32. Where the processor multiplies bf16, probabilities and their gradients are rounded to it for their
+products, as flash attention does on a GPU; elsewhere nothing is rounded before the results. The error is below that of `gemm_attention`,
+the twin in torch.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class _NativeAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, options: native.AttentionOptions
     ) -> torch.Tensor:
-        output, lse = native.attention_forward(q, k, v, _wide(sinks), options)
-        ctx.save_for_backward(q, k, v, sinks, output, lse)
+        output, kept = native.attention_forward(q, k, v, _wide(sinks), options)
+        ctx.save_for_backward(q, k, v, sinks, output, kept)
         ctx.options = options
         return output
 
@@ -58,11 +59,12 @@ class _NativeAttention(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, sinks, output, lse = ctx.saved_tensors
-        dq, dk, dv, delta = native.attention_backward(grads[0], q, k, v, output, lse, ctx.options)
+        q, k, v, sinks, output, kept = ctx.saved_tensors
+        dq, dk, dv, delta = native.attention_backward(grads[0], q, k, v, output, kept, ctx.options)
         dsinks = None
         if sinks is not None:
-            share = (sinks.float().view(k.shape[1], 1, -1) - lse).exp_()
+            top, total = kept.unbind(-1)
+            share = (sinks.float().view(k.shape[1], 1, -1) - top).exp_().div_(total)
             dsinks = share.mul_(delta).sum(1).neg_().view_as(sinks).to(sinks.dtype)
         return dq, dk, dv, dsinks, None
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.core.errors import ModelError
-from burnish.kernels import attention
+from burnish.kernels import attention, native
 from burnish.kernels.attention import Forest, causal_mask, eager_attention, forest_attention, forest_attention_reference
 
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(not native.ready(), reason=native.why_not() or ""))
 ROOTS = Forest((4, 5, 12), (-1, -1, -1))
 TREE = Forest((4, 7, 9, 12), (-1, 0, 0, 2))  # a prompt, two children, and a grandchild of the second
 
@@ -107,7 +108,7 @@ def test_long_window_in_blocks():
             torch.testing.assert_close(forest_attention(q, k, v, forest, kind=kind, window=window), truth)
 
 
-@pytest.mark.parametrize("kind", ["eager", "sdpa", "gemm", "cascade"])
+@pytest.mark.parametrize("kind", ["eager", "sdpa", NATIVE, "gemm", "cascade"])
 def test_segments_do_not_see_each_other(kind):
     q, k, v = qkv(dtype=torch.float32, grad=False)
     before = forest_attention(q, k, v, ROOTS, kind=kind)
@@ -123,12 +124,12 @@ def test_fused_error_is_not_far_above_the_plain_one(dtype):
     forest = Forest((300, 700), (-1, -1))
     truth = forest_attention_reference(*qkv(700, grad=False), forest)
     inputs = qkv(700, dtype=dtype, grad=False)
-    kinds = ("eager", "sdpa", "gemm", "cascade")
+    kinds = ("eager", "sdpa", "gemm", "cascade", *(["native"] if native.ready() else []))
     errors = {kind: (forest_attention(*inputs, forest, kind=kind).double() - truth).abs().max() for kind in kinds}
     assert max(errors[kind] for kind in kinds) < 2 * errors["eager"] + 1e-6
 
 
-@pytest.mark.parametrize("kind", ["auto", "eager", "sdpa", "gemm", "cascade"])
+@pytest.mark.parametrize("kind", ["auto", "eager", "sdpa", NATIVE, "gemm", "cascade"])
 def test_under_autocast_its_type_is_taken(kind):
     forest, inputs = Forest((60, 160), (-1, 0)), qkv(160, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -191,7 +192,7 @@ def test_half_precision_keeps_its_type_whatever_it_is_computed_in(length):
         ("varlen", TREE, {"dropout": 0.1}, "'varlen' does not know dropout or shared prompts or tensors on cpu"),
         ("gemm", TREE, {"dropout": 0.1, "softcap": 2.0}, "'gemm' does not know dropout$"),
         ("cascade", TREE, {"dropout": 0.1, "softcap": 2.0}, "'cascade' does not know dropout or soft caps$"),
-        ("flex", ROOTS, {}, "'flex' is not available, expected one of auto, cascade, eager, gemm, sdpa, varlen"),
+        ("flex", ROOTS, {}, "'flex' is not available, expected one of auto, cascade, eager, gemm, native, sdpa, varlen"),
     ],
 )
 def test_what_a_named_implementation_cannot_do_is_refused(kind, forest, options, message):

@@ -9,6 +9,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PLAIN = {"tree": False, "softcap": False, "sinks": False, "dropout": False}
 
 
+@pytest.fixture(autouse=True)
+def without_c_kernels(monkeypatch):
+    monkeypatch.setattr("burnish.kernels.dispatch.available", lambda _: False)
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "size", "special", "expected"),
     [
@@ -51,6 +56,21 @@ def test_attention_follows_device_type_and_needs(device, dtype, size, special, e
 )
 def test_attention_on_a_cpu_follows_the_lengths(dtype, lengths, window, tree, expected):
     assert attention_kind(CPU, dtype, 64, **{**PLAIN, "tree": tree}, window=window, lengths=lengths) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "needs", "expected"),
+    [
+        (torch.bfloat16, {}, "native"),
+        (torch.float32, {"tree": True, "softcap": True, "sinks": True}, "native"),
+        (torch.float32, {"dropout": True}, "sdpa"),
+        (torch.float16, {}, "gemm"),
+        (torch.float64, {"softcap": True}, "gemm"),
+    ],
+)
+def test_c_kernels_take_what_they_know(monkeypatch, dtype, needs, expected):
+    monkeypatch.setattr("burnish.kernels.dispatch.available", lambda _: True)
+    assert attention_kind(CPU, dtype, 64, **{**PLAIN, **needs}, lengths=(1, 9000) if expected == "native" else (300,)) == expected
 
 
 @pytest.mark.parametrize(

@@ -451,7 +451,7 @@ def test_unknown_statistics_are_refused():
 
 def test_default_chunk_fits_the_device():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert default_chunk(49152, cpu) == 256
+    assert default_chunk(49152, cpu) == 512
     assert default_chunk(262144, cpu) == 128
     assert default_chunk(128256, gpu, 2) == 2048
     assert default_chunk(128256, gpu, 4) == 1024

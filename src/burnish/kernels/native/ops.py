@@ -220,13 +220,13 @@ def head_chunk(
 
 
 class _Rows(ctypes.Structure):
-    """rows_t of attention.c."""
+    """rows_t of attention.h."""
 
     _fields_ = [("data", _P), ("head", _N), ("token", _N)]
 
 
 class _Shape(ctypes.Structure):
-    """shape_t of attention.c."""
+    """shape_t of attention.h."""
 
     _fields_ = [
         *((name, _N) for name in ("heads", "groups", "dim", "vdim", "segments")),
@@ -261,19 +261,20 @@ def attention_forward(
         options: Segments, scale, window, soft cap.
 
     Returns:
-        The output [1, Hq, T, D'], stored as [T, Hq, D'], and the log-sum-exp of each row fp32 [Hkv, T, Hq / Hkv], sinks included.
+        The output [1, Hq, T, D'], stored as [T, Hq, D'], and of each row's softmax the largest score and the sum of the exponentials
+        of the others' distance to it, sinks included: fp32 [Hkv, T, Hq / Hkv, 2].
     """
     _attention_shapes(q, k, v, options.forest)
     _shapes(sinks is None or (sinks.shape == q.shape[1:2] and sinks.dtype is torch.float32), "sinks fp32 [Hq]", q, sinks)
-    output, lse = _token_by_token(q, v.shape[3]), _row_values(q, k)
+    output, kept = _token_by_token(q, v.shape[3]), _row_values(q, k, 2)
     if output.numel():
         shape, _arrays = _attention_shape(q, k, v, options)
         sinks = None if sinks is None else sinks.contiguous()
         rows = (_Rows * 4)(*map(_as_rows, (q, k, v, output)))
         call, threads = _library().burnish_attention_forward, _threads(q.numel())
-        if call(ctypes.byref(shape), rows, lse.data_ptr(), *_pointers(sinks), threads):
+        if call(ctypes.byref(shape), rows, *_pointers(kept, sinks), threads):
             raise MemoryError("no memory for attention")
-    return output, lse
+    return output, kept
 
 
 def attention_backward(
@@ -282,7 +283,7 @@ def attention_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     output: torch.Tensor,
-    lse: torch.Tensor,
+    kept: torch.Tensor,
     options: AttentionOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `attention_forward`, from its arguments and results.
@@ -293,24 +294,25 @@ def attention_backward(
         k: Keys.
         v: Values.
         output: From the forward pass.
-        lse: From the forward pass.
+        kept: From the forward pass.
         options: As in the forward pass.
 
     Returns:
         dq, dk, dv (stored token by token), and delta fp32 [Hkv, T, Hq / Hkv], each row's sum of grad * output. The gradient of a sink is
-        the sum over its tokens of -e^(sink - lse) delta.
+        the sum over its tokens of -e^(sink - top) / sum * delta.
     """
     _attention_shapes(q, k, v, options.forest)
-    like = grad.shape == output.shape and grad.dtype is output.dtype is q.dtype and lse.dtype is torch.float32 and lse.is_contiguous()
-    _shapes(like and lse.shape == _row_values(q, k).shape, "grad like the output, lse fp32 [Hkv, T, G]", grad, output, lse)
+    _shapes(grad.shape == output.shape and grad.dtype is output.dtype is q.dtype, "grad like the output", grad, output)
+    like = kept.shape == _row_values(q, k, 2).shape and kept.dtype is torch.float32 and kept.is_contiguous()
+    _shapes(like, "what is kept of the softmax fp32 [Hkv, T, G, 2]", kept)
+    delta = _row_values(q, k)
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
     gradients = [_token_by_token(x, x.shape[3]) for x in (q, k, v)]
-    delta = torch.empty_like(lse)
     if output.numel():
         shape, _arrays = _attention_shape(q, k, v, options)
         rows = (_Rows * 8)(*map(_as_rows, (q, k, v, output, grad, *gradients)))
         call, threads = _library().burnish_attention_backward, _threads(q.numel())
-        if call(ctypes.byref(shape), rows, *_pointers(lse, delta), threads):
+        if call(ctypes.byref(shape), rows, *_pointers(kept, delta), threads):
             raise MemoryError("no memory for attention")
     return gradients[0], gradients[1], gradients[2], delta
 
@@ -343,8 +345,8 @@ def _token_by_token(x: torch.Tensor, size: int) -> torch.Tensor:
     return torch.empty(1, x.shape[2], x.shape[1], size, dtype=x.dtype).transpose(1, 2)
 
 
-def _row_values(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    return torch.empty(k.shape[1], k.shape[2], q.shape[1] // max(k.shape[1], 1), dtype=torch.float32)
+def _row_values(q: torch.Tensor, k: torch.Tensor, *each: int) -> torch.Tensor:
+    return torch.empty(k.shape[1], k.shape[2], q.shape[1] // max(k.shape[1], 1), *each, dtype=torch.float32)
 
 
 def adamw_flat(

@@ -184,9 +184,8 @@ def test_no_shared_openmp_means_not_ready(monkeypatch: pytest.MonkeyPatch, tmp_p
         ("glu_forward", "glu", 0),
         *(("glu_backward", "glu", i) for i in range(3)),
         *(("head_chunk", "head", i) for i in range(4)),
-        ("softmax_causal_forward", "softmax", 0),
-        ("softmax_causal_forward", "softmax", "scores"),
-        ("softmax_causal_backward", "softmax", "dp"),
+        *(("attention_forward", "attention", i) for i in range(2)),
+        *(("attention_backward", "attention", i) for i in range(4)),
         *(("adamw_flat", "adamw", name) for name in ("param", "m", "v")),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from burnish.kernels import native
+from burnish.kernels.forest import Forest
 
 pytestmark = pytest.mark.skipif(not native.ready(), reason=native.why_not() or "")
 
@@ -252,61 +253,6 @@ def test_head_with_large_infinite_and_undefined_logits() -> None:
     assert logp[2].isnan() and lse[2].isnan() and z[2].isnan().all() and not correct[2]
 
 
-# ---- causal softmax ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP32])
-@pytest.mark.parametrize(
-    ("queries", "keys", "stacked", "window"),
-    [(33, 33, 1, None), (1, 1, 1, None), (5, 40, 3, None), (50, 50, 2, 7), (9, 1200, 1, 600), (3, 3, 1, 1)],
-)
-def test_causal_softmax(queries: int, keys: int, stacked: int, window: int | None, dtype: torch.dtype) -> None:
-    rows, offset, scale = queries * stacked, keys - queries, 0.3
-    distance = torch.arange(queries)[:, None] + offset - torch.arange(keys)
-    mask = ((distance >= 0) & (distance < (window or keys + 1))).repeat(stacked, 1)
-    raw, draw = (4 * torch.randn(2, rows, keys)).to(dtype), torch.randn(2, rows, keys).to(dtype)
-
-    def run(wide: bool) -> tuple[Tensor, ...]:
-        work = torch.float64 if wide else FP32
-        leaf = raw.to(work, copy=True).requires_grad_()
-        z = (leaf * scale).masked_fill(~mask, float("-inf"))
-        p = z.softmax(-1)
-        (ds,) = torch.autograd.grad(p, leaf, draw.to(work))
-        return z.logsumexp(-1).detach(), *(t.detach() if wide else t.detach().to(dtype) for t in (p, ds))
-
-    plain, truth = run(False), run(True)
-    room = torch.full((2, rows, keys + 3), float("nan"), dtype=dtype)  # what is masked is never read: NaN would show
-    p = room[..., :keys]
-    p.copy_(raw.masked_fill(~mask, float("nan")))
-    lse = native.softmax_causal_forward(p, scale, offset=offset, queries=queries, window=window)
-    no_worse(lse, plain[0], truth[0])
-    no_worse(p, plain[1], truth[1])
-    assert (p[:, ~mask] == 0).all() and room[..., keys:].isnan().all()
-
-    # In bf16 the gradient of the rounded probabilities is the honest truth for the backward kernel.
-    exact_p = p.double()
-    delta = (exact_p * draw.double()).sum(-1)
-    exact = scale * exact_p * (draw.double() - delta[..., None])
-    plain_ds = (scale * p.float() * (draw.float() - delta.float()[..., None])).to(dtype)
-    for given in (delta.float(), None):
-        ds = draw.masked_fill(~mask, float("nan"))
-        native.softmax_causal_backward(p, ds, given, scale, offset=offset, queries=queries, window=window)
-        no_worse(ds, plain_ds, exact)
-        assert (ds[:, ~mask] == 0).all()
-    if dtype is FP32:
-        no_worse(ds, plain[2], truth[2])
-
-
-def test_causal_softmax_in_two_types_and_of_nothing() -> None:
-    p, dp = torch.rand(1, 4, 4).softmax(-1).tril(), torch.randn(1, 4, 4).to(BF16)
-    want = p * (dp.float() - 0.25)
-    native.softmax_causal_backward(p, dp, torch.full((1, 4), 0.25), 1.0, offset=0)
-    torch.testing.assert_close(dp.float(), want, rtol=2.0**-8, atol=0)
-    scores = torch.ones(1, 3, 2)
-    lse = native.softmax_causal_forward(scores, 1.0, offset=-2)  # the first two queries stand before every key
-    assert lse[0, :2].tolist() == [float("-inf")] * 2 and scores[0].tolist() == [[0, 0], [0, 0], [1, 0]]
-
-
 # ---- AdamW ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -361,12 +307,13 @@ def everything() -> list[Tensor]:
     turned = native.rope_apply(x.view(1, 200, 9, 64).transpose(1, 2), table, table, False)
     logits = torch.randn(40, 3000)
     stats = native.head_chunk(logits, torch.arange(40), 1.0, 20.0, True)
-    scores, dp = torch.randn(3, 100, 100), torch.randn(3, 100, 100)
-    lse = native.softmax_causal_forward(scores, 0.1, offset=0)
-    native.softmax_causal_backward(scores, dp, None, 0.1, offset=0)
+    forest = Forest((700, 1200, 1230), (-1, 0, -1))  # a tree beyond one piece of work, and one within
+    q, k, v = (torch.randn(1, 1230, heads, 24).to(BF16).transpose(1, 2) for heads in (6, 2, 2))
+    attended, kept = native.attention_forward(q, k, v, None, native.AttentionOptions(forest, 0.2))
+    attention = native.attention_backward(attended, q, k, v, attended, kept, native.AttentionOptions(forest, 0.2))
     flat = [torch.randn(40_000).abs() for _ in range(4)]
     native.adamw_flat(flat[0], flat[1], flat[2], flat[3], 0.1, 0.9, 0.99, 1e-8, 0.1, 0.1, 0.1)
-    results = [y, summed, rstd, dx, dw, h, *grads, turned, logits, *stats, scores, dp, lse, *flat]
+    results = [y, summed, rstd, dx, dw, h, *grads, turned, logits, *stats, attended, kept, *attention, *flat]
     return [x for x in results if x is not None]
 
 
@@ -400,9 +347,10 @@ def test_of_nothing_comes_nothing(dtype: torch.dtype) -> None:
     assert native.glu_forward(x, x, "silu").shape == (0, 8)
     assert [g.shape for g in native.glu_backward(x, x, x, "gelu", True) if g is not None] == [(0, 8)] * 3
     assert [s.shape for s in native.head_chunk(x, torch.empty(0, dtype=torch.int64), 1.0, None, True)] == [(0,)] * 5
-    scores = torch.empty(0, 3, 3, dtype=dtype)
-    assert native.softmax_causal_forward(scores, 1.0, offset=0).shape == (0, 3)
-    native.softmax_causal_backward(scores, scores, None, 1.0, offset=0)
+    q, options = torch.empty(1, 4, 0, 8, dtype=dtype), native.AttentionOptions(Forest((), ()), 1.0)
+    attended, kept = native.attention_forward(q, q[:, :2], q[:, :2], None, options)
+    assert attended.shape == (1, 4, 0, 8) and kept.shape == (2, 0, 2, 2)
+    assert native.attention_backward(attended, q, q[:, :2], q[:, :2], attended, kept, options)[1].shape == (1, 2, 0, 8)
     flat = torch.empty(0)
     native.adamw_flat(flat, flat, flat, flat, 0.1, 0.9, 0.99, 1e-8, 0.0, 0.1, 0.1)
 
@@ -434,7 +382,18 @@ def test_what_they_cannot_take_is_refused() -> None:
         native.head_chunk(x, torch.tensor([0, 8]), 1.0, None, False)
     with pytest.raises(ValueError, match="rows in one piece"):
         native.head_chunk(torch.randn(8, 2).t(), torch.tensor([0, 0]), 1.0, None, False)
+    q, options = torch.randn(1, 3, 5, 8), native.AttentionOptions(Forest((2, 5), (-1, 0)), 1.0)
     with pytest.raises(ValueError, match="rows in one piece"):
-        native.softmax_causal_forward(torch.randn(1, 4, 4).transpose(1, 2), 1.0, offset=0)
+        native.attention_forward(q, q, torch.randn(1, 3, 8, 5).transpose(2, 3), None, options)
+    with pytest.raises(ValueError, match="of one type"):
+        native.attention_forward(q, q.to(BF16), q, None, options)
+    with pytest.raises(ValueError, match="key heads that divide the query heads"):
+        native.attention_forward(q, q[:, :2], q[:, :2], None, options)
+    with pytest.raises(ValueError, match="the 5 tokens of the segments"):
+        native.attention_forward(q[:, :, :4], q[:, :, :4], q[:, :, :4], None, options)
+    with pytest.raises(ValueError, match=r"sinks fp32 \[Hq\]"):
+        native.attention_forward(q, q, q, torch.zeros(2), options)
+    with pytest.raises(ValueError, match=r"fp32 \[Hkv, T, G, 2\]"):
+        native.attention_backward(q, q, q, q, q, torch.zeros(3, 5), options)
     with pytest.raises(ValueError, match="fp32 buffers"):
         native.adamw_flat(w.to(BF16), w, w, w, 0.1, 0.9, 0.99, 1e-8, 0.0, 0.1, 0.1)
