@@ -120,8 +120,10 @@ INLINE void load_floats(float *restrict to, const void *restrict from, i64 n, i6
 }
 
 /* Words of two neighbours in a row. */
-INLINE void load_neighbours(float *restrict to, const void *restrict from, i64 n, i64 wide) {
-    memset((char *)memcpy(to, from, (size_t)n * 2) + n * 2, 0, (size_t)(wide - n) * 2);
+INLINE void load_neighbours(void *restrict to, const uint16_t *restrict from, i64 n, i64 wide) {
+    uint16_t *half = to;
+    SIMD for (i64 d = 0; d < n; d++) half[d] = from[d];
+    for (i64 d = n; d < wide; d++) half[d] = 0;
 }
 
 INLINE void store_row(void *restrict to, const float *restrict from, float factor, i64 n, int half) {
@@ -137,43 +139,59 @@ INLINE const void *row_at(const shape_t *shape, const tile_t *t, rows_t x, i64 r
     return at(x.data, head * x.head + token * x.token, shape->half);
 }
 
+/* Key or value `place` of a segment's chain; *segment becomes the one that it lies in, so ask from the end on. */
+INLINE const void *key_at(const shape_t *shape, i64 head, i64 *segment, rows_t x, i64 place) {
+    while (place < shape->before[*segment]) *segment = shape->parent[*segment];
+    i64 token = shape->first[*segment] + place - shape->before[*segment];
+    return at(x.data, head * x.head + token * x.token, shape->half);
+}
+
 /* A tile to be summed over its rows (may be NULL) and over its dimensions. */
 INLINE void load_rows(const shape_t *shape, const tile_t *t, rows_t x, i64 dim, float *rows, float *turned, i64 stride) {
-    i64 wide = whole(dim), words = in_words(shape), depth = words ? (dim + 1) / 2 : dim;
-    float line[2][wide];
-    for (i64 r = 0; r < t->padded; r++) {
-        i64 n = r < t->rows ? dim : 0;
-        const void *from = row_at(shape, t, x, r);
-        float *to = line[r % 2];
-        if (words)
-            load_neighbours(to, from, n, wide);
-        else
-            load_floats(to, from, n, wide, shape->half);
-        for (i64 d = 0; d < depth; d++) turned[d * stride + r] = to[d];
-        if (!rows) continue;
-        if (!words)
-            memcpy(rows + r * wide, to, (size_t)wide * sizeof(float));
-        else if (r % 2)
-            load_pair(rows + r / 2 * wide, (uint16_t *)line[0], (uint16_t *)line[1], wide, wide);
+    i64 wide = whole(dim);
+    if (!in_words(shape)) {
+        float line[wide];
+        for (i64 r = 0; r < t->padded; r++) {
+            float *to = rows ? rows + r * wide : line;
+            load_floats(to, row_at(shape, t, x, r), r < t->rows ? dim : 0, wide, shape->half);
+            for (i64 d = 0; d < dim; d++) turned[d * stride + r] = to[d];
+        }
+        return;
+    }
+    uint16_t none[dim];
+    memset(none, 0, sizeof none);
+    for (i64 r = 0; r < t->padded; r += 2) {
+        const uint16_t *a = r < t->rows ? row_at(shape, t, x, r) : none, *b = r + 1 < t->rows ? row_at(shape, t, x, r + 1) : none;
+        for (i64 d = 0; d < dim / 2; d++) {
+            memcpy(turned + d * stride + r, a + 2 * d, 4);
+            memcpy(turned + d * stride + r + 1, b + 2 * d, 4);
+        }
+        if (dim % 2) {
+            turned[dim / 2 * stride + r] = float_of(a[dim - 1]);
+            turned[dim / 2 * stride + r + 1] = float_of(b[dim - 1]);
+        }
+        if (rows) load_pair(rows + r / 2 * wide, a, b, dim, wide);
     }
 }
 
 /* A block of a segment's chain to be summed over its keys and over its dimensions (either may be NULL), with zeros up to a whole group. */
 INLINE void load_block(const shape_t *shape, i64 head, i64 segment, block_t b, rows_t x, i64 dim, float *keys, float *turned) {
-    i64 wide = whole(dim), words = in_words(shape), end = (b.count + GROUP - 1) / GROUP * GROUP;
-    float line[2][wide];
-    for (i64 j = end - 1; j >= 0; j--) {
-        i64 n = j < b.count ? dim : 0;
-        while (n && b.start + j < shape->before[segment]) segment = shape->parent[segment];
-        i64 token = shape->first[segment] + b.start + j - shape->before[segment];
-        const void *from = at(x.data, head * x.head + token * x.token, shape->half);
-        if (!words) {
-            load_floats(keys ? keys + j * wide : turned + j * wide, from, n, wide, shape->half);
-            continue;
+    i64 wide = whole(dim), end = (b.count + GROUP - 1) / GROUP * GROUP;
+    if (!in_words(shape)) {
+        for (i64 j = end - 1; j >= 0; j--) {
+            const void *from = j < b.count ? key_at(shape, head, &segment, x, b.start + j) : NULL;
+            load_floats((keys ? keys : turned) + j * wide, from, from ? dim : 0, wide, shape->half);
         }
-        load_neighbours(line[j % 2], from, n, wide);
-        if (turned) memcpy(turned + j * wide / 2, line[j % 2], (size_t)wide * 2);
-        if (keys && j % 2 == 0) load_pair(keys + j / 2 * wide, (uint16_t *)line[0], (uint16_t *)line[1], wide, wide);
+        return;
+    }
+    uint16_t none[dim];
+    memset(none, 0, sizeof none);
+    for (i64 j = end - 2; j >= 0; j -= 2) {
+        const uint16_t *second = j + 1 < b.count ? key_at(shape, head, &segment, x, b.start + j + 1) : none;
+        const uint16_t *first = j < b.count ? key_at(shape, head, &segment, x, b.start + j) : none;
+        if (turned) load_neighbours(turned + j * wide / 2, first, dim, wide);
+        if (turned) load_neighbours(turned + (j + 1) * wide / 2, second, dim, wide);
+        if (keys) load_pair(keys + j / 2 * wide, first, second, dim, wide);
     }
 }
 

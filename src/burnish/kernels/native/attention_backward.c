@@ -186,6 +186,21 @@ static i64 gradient_jobs(const shape_t *shape, const char *closed, job_t *jobs) 
     return n;
 }
 
+INLINE float dot(const void *a, const void *b, i64 n, int half) {
+    float sum = 0;
+    i64 done = 0;
+#if defined(__AVX512BF16__)
+    if (half && n >= 2 * LANES) {
+        __m512 sums = _mm512_setzero_ps();
+        for (; done + 2 * LANES <= n; done += 2 * LANES)
+            sums = _mm512_dpbf16_ps(sums, (__m512bh)_mm512_loadu_si512(at(a, done, 1)), (__m512bh)_mm512_loadu_si512(at(b, done, 1)));
+        sum = _mm512_reduce_add_ps(sums);
+    }
+#endif
+    SIMD_SUM(sum) for (i64 i = done; i < n; i++) sum += load(a, i, half) * load(b, i, half);
+    return sum;
+}
+
 /* delta [Hkv, T, G]: the sum of the products of an output and its gradient. */
 INLINE void deltas(const shape_t *shape, i64 token, rows_t out, rows_t grad, float *delta, int half) {
     for (i64 h = 0; h < shape->heads; h++)
@@ -193,9 +208,7 @@ INLINE void deltas(const shape_t *shape, i64 token, rows_t out, rows_t grad, flo
             i64 head = h * shape->groups + g;
             const void *o = at(out.data, head * out.head + token * out.token, half);
             const void *d = at(grad.data, head * grad.head + token * grad.token, half);
-            float sum = 0;
-            SIMD_SUM(sum) for (i64 i = 0; i < shape->vdim; i++) sum += load(o, i, half) * load(d, i, half);
-            delta[(h * shape->first[shape->segments] + token) * shape->groups + g] = sum;
+            delta[(h * shape->first[shape->segments] + token) * shape->groups + g] = dot(o, d, shape->vdim, half);
         }
 }
 
