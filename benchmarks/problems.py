@@ -459,5 +459,5 @@ KERNELS: tuple[Kernel, ...] = (
     Listed("linear_ce", linear_ce, head_sizes, listed=tuple(HEAD_CASES)),
     Kernel("experts", experts, expert_sizes),
     Kernel("adamw", adamw, adamw_sizes),
-    Listed("attention", attention, attention_sizes, ("auto", "sdpa", "varlen", "flex", "gemm", "triton"), tuple(ATTENTION_CASES)),
+    Listed("attention", attention, attention_sizes, ("auto", "sdpa", "varlen", "native", "gemm"), tuple(ATTENTION_CASES)),
 )

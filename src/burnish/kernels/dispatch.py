@@ -76,7 +76,7 @@ def flash_takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
 
 
 def _gemm_pays(dtype: torch.dtype, tree: bool, window: int | None, lengths: Sequence[int]) -> bool:
-    """Measured on one core of a Zen 5 at 9 query heads, 3 key heads, 64 dimensions (benchmarks/attention.py)."""
+    """Measured on one core of a Zen 5 at 9 query heads, 3 key heads, 64 dimensions (benchmarks/kernels.py)."""
     if not lengths:
         return False
     fast = dtype is torch.bfloat16 and cpu_has_fast_bf16()

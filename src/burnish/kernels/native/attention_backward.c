@@ -30,8 +30,7 @@ INLINE void weigh(float *restrict s, float *restrict ds, const float *restrict t
 /* Words of two rows' values for one key. */
 INLINE void pair_rows(float *restrict to, const float *restrict a, span_t span) {
 #if defined(__AVX512BF16__)
-    for (i64 r = span.first; r < span.end; r += LANES)
-        _mm256_storeu_si256((__m256i *)((uint16_t *)to + r), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + r)));
+    for (i64 r = span.first; r < span.end; r += LANES) store16((uint16_t *)to + r, _mm512_loadu_ps(a + r));
 #else
     (void)to, (void)a, (void)span;
 #endif

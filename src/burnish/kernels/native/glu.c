@@ -38,13 +38,53 @@ INLINE float act_slope(float x, int kind) {
     return gelu_gate(x) + x * (fast_exp(-0.5f * (x * x)) * 0.39894228f);
 }
 
+#if defined(__AVX512BF16__)
+/* silu on bf16, sixteen numbers at a time: the processor rounds to bf16 in one instruction, which compilers do not find in a loop.
+   Returns how many are done. */
+
+typedef struct {
+    __m512 act, sigmoid;
+} silu_t;
+
+INLINE silu_t silu16(__m512 x) {
+    __m512 one = _mm512_set1_ps(1), sum = _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x)));
+    return (silu_t){round16(_mm512_div_ps(x, sum)), _mm512_div_ps(one, sum)};
+}
+
+INLINE i64 silu_forward(i64 n, const uint16_t *gate, const uint16_t *up, uint16_t *h) {
+    i64 i = 0;
+    for (; i + 16 <= n; i += 16) store16(h + i, _mm512_mul_ps(silu16(load16(gate + i)).act, load16(up + i)));
+    return i;
+}
+
+INLINE i64 silu_backward(i64 n, const uint16_t *dh, const uint16_t *gate, const uint16_t *up, uint16_t *dgate, uint16_t *dup, uint16_t *h,
+                         int want_h) {
+    __m512 one = _mm512_set1_ps(1);
+    i64 i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m512 d = load16(dh + i), x = load16(gate + i), u = load16(up + i);
+        silu_t s = silu16(x);
+        __m512 slope = _mm512_mul_ps(s.sigmoid, _mm512_add_ps(one, _mm512_mul_ps(x, _mm512_sub_ps(one, s.sigmoid))));
+        store16(dup + i, _mm512_mul_ps(d, s.act));
+        store16(dgate + i, _mm512_mul_ps(round16(_mm512_mul_ps(d, u)), slope));
+        if (want_h) store16(h + i, _mm512_mul_ps(s.act, u));
+    }
+    return i;
+}
+#else
+#define silu_forward(...) 0
+#define silu_backward(...) 0
+#endif
+
 INLINE void forward_chunk(i64 n, const void *gate, const void *up, void *h, int kind, int half) {
-    SIMD for (i64 i = 0; i < n; i++) store(h, i, rounded(act(load(gate, i, half), kind), half) * load(up, i, half), half);
+    i64 done = kind == SILU && half ? silu_forward(n, gate, up, h) : 0;
+    SIMD for (i64 i = done; i < n; i++) store(h, i, rounded(act(load(gate, i, half), kind), half) * load(up, i, half), half);
 }
 
 INLINE void backward_chunk(i64 n, const void *dh, const void *gate, const void *up, void *dgate, void *dup, void *h, int want_h, int kind,
                            int half) {
-    SIMD for (i64 i = 0; i < n; i++) {
+    i64 done = kind == SILU && half ? silu_backward(n, dh, gate, up, dgate, dup, h, want_h) : 0;
+    SIMD for (i64 i = done; i < n; i++) {
         float d = load(dh, i, half), x = load(gate, i, half), u = load(up, i, half), a = rounded(act(x, kind), half);
         store(dup, i, d * a, half);
         store(dgate, i, rounded(d * u, half) * act_slope(x, kind), half);

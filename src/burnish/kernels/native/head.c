@@ -63,11 +63,27 @@ INLINE unsigned char is_first(i64 y, const void *z, float zy, stats_t s, shape_t
     return !earlier;
 }
 
+#if defined(__AVX512BF16__)
+/* -p scale in the place of bf16 logits, sixteen at a time; returns how many are done. */
+INLINE i64 slope16(i64 v, uint16_t *z, float scale, float top, float inverse) {
+    __m512 factor = _mm512_set1_ps(scale), largest = _mm512_set1_ps(top), share = _mm512_set1_ps(-inverse);
+    i64 i = 0;
+    for (; i + 16 <= v; i += 16) {
+        __m512 p = _mm512_mul_ps(exp16(_mm512_sub_ps(_mm512_mul_ps(load16(z + i), factor), largest)), share);
+        store16(z + i, _mm512_mul_ps(p, factor));
+    }
+    return i;
+}
+#else
+#define slope16(...) 0
+#endif
+
 INLINE void gradient(i64 v, i64 y, void *z, float zy, stats_t s, shape_t shape, int capped, int half) {
     float inverse = (float)(1.0 / s.sum), top = s.top, ratio = zy / shape.cap;
     double target = (s.sum - exp((double)zy - top)) / s.sum;
     if (capped) target *= 1.0 - (double)ratio * ratio;
-    SIMD for (i64 i = 0; i < v; i++) {
+    i64 done = half && !capped ? slope16(v, z, shape.scale, top, inverse) : 0;
+    SIMD for (i64 i = done; i < v; i++) {
         float value = shaped(z, i, shape, capped, half), t = value / shape.cap;
         float d = -(fast_exp(value - top) * inverse);
         if (capped) d *= 1.0f - t * t;

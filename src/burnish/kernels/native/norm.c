@@ -7,10 +7,43 @@
 
 #include "common.h"
 
+#if defined(__AVX512BF16__)
+/* The loops that write bf16, sixteen numbers at a time; each returns how many are done. */
+
+INLINE i64 sum16(i64 h, const uint16_t *x, const uint16_t *residual, uint16_t *summed) {
+    i64 i = 0;
+    for (; i + 16 <= h; i += 16) store16(summed + i, _mm512_add_ps(load16(x + i), load16(residual + i)));
+    return i;
+}
+
+INLINE i64 scale16(i64 h, const uint16_t *x, float r, const uint16_t *w, uint16_t *y) {
+    i64 i = 0;
+    for (; i + 16 <= h; i += 16) store16(y + i, _mm512_mul_ps(round16(_mm512_mul_ps(load16(x + i), _mm512_set1_ps(r))), load16(w + i)));
+    return i;
+}
+
+INLINE i64 slope16(i64 h, const uint16_t *dy, const uint16_t *dsummed, const uint16_t *x, const uint16_t *w, float scale, float mean, float offset,
+                   uint16_t *dx) {
+    __m512 r = _mm512_set1_ps(scale), c = _mm512_set1_ps(mean), plus = _mm512_set1_ps(offset);
+    i64 i = 0;
+    for (; i + 16 <= h; i += 16) {
+        __m512 g = _mm512_mul_ps(load16(dy + i), _mm512_add_ps(plus, load16(w + i)));
+        __m512 d = _mm512_mul_ps(r, _mm512_sub_ps(g, _mm512_mul_ps(_mm512_mul_ps(load16(x + i), r), c)));
+        store16(dx + i, dsummed ? _mm512_add_ps(d, load16(dsummed + i)) : d);
+    }
+    return i;
+}
+#else
+#define sum16(...) 0
+#define scale16(...) 0
+#define slope16(...) 0
+#endif
+
 INLINE void forward_row(i64 h, const void *x, const void *residual, void *summed, const void *w, void *y, float *rstd, float eps, float offset,
                         int gemma, int xh, int wh, int yh) {
     if (residual) {
-        SIMD for (i64 i = 0; i < h; i++) store(summed, i, load(x, i, xh) + load(residual, i, xh), xh);
+        i64 done = xh ? sum16(h, x, residual, summed) : 0;
+        SIMD for (i64 i = done; i < h; i++) store(summed, i, load(x, i, xh) + load(residual, i, xh), xh);
         x = summed;
     }
     double total = 0;
@@ -28,7 +61,8 @@ INLINE void forward_row(i64 h, const void *x, const void *residual, void *summed
     if (gemma) {
         SIMD for (i64 i = 0; i < h; i++) store(y, i, load(x, i, xh) * r * (offset + load(w, i, wh)), yh);
     } else {
-        SIMD for (i64 i = 0; i < h; i++) store(y, i, rounded(rounded(load(x, i, xh) * r, xh) * load(w, i, wh), xh && wh), yh);
+        i64 done = xh && wh && yh ? scale16(h, x, r, w, y) : 0;
+        SIMD for (i64 i = done; i < h; i++) store(y, i, rounded(rounded(load(x, i, xh) * r, xh) * load(w, i, wh), xh && wh), yh);
     }
 }
 
@@ -70,13 +104,14 @@ INLINE void backward_row(i64 h, const void *dy, const void *dsummed, const void 
     } else if (dw) {
         SIMD for (i64 i = 0; i < h; i++) dw[i] += load(dy, i, yh) * rounded(load(x, i, xh) * r, xh);
     }
+    i64 done = xh && wh && yh ? slope16(h, dy, dsummed, x, w, r, c, offset, dx) : 0;
     if (dsummed) {
-        SIMD for (i64 i = 0; i < h; i++) {
+        SIMD for (i64 i = done; i < h; i++) {
             float g = load(dy, i, yh) * (offset + load(w, i, wh));
             store(dx, i, r * (g - load(x, i, xh) * r * c) + load(dsummed, i, xh), xh);
         }
     } else {
-        SIMD for (i64 i = 0; i < h; i++) {
+        SIMD for (i64 i = done; i < h; i++) {
             float g = load(dy, i, yh) * (offset + load(w, i, wh));
             store(dx, i, r * (g - load(x, i, xh) * r * c), xh);
         }

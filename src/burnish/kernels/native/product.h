@@ -9,7 +9,6 @@
 #include "common.h"
 
 #if defined(__AVX512BF16__)
-#include <immintrin.h>
 enum { WORDS = 1 };
 #else
 enum { WORDS = 0 };
