@@ -5,8 +5,7 @@ they can be called: there is a compiler, torch's OpenMP can be shared, and every
 cannot, `why_not()` says why, and everything runs in plain torch.
 
 bf16 results are rounded where torch rounds its separate operations, to nearest even. So they are torch's bit for bit wherever no sum
-over a row and no exponential is involved, and otherwise but for a rare last bit. Where the processor rounds to bf16 by itself, numbers
-below the smallest normal one (1.2e-38) become zero, as they do in its products.
+over a row and no exponential is involved, and otherwise but for a rare last bit.
 """
 
 from __future__ import annotations

@@ -70,7 +70,9 @@ INLINE i64 slope16(i64 v, uint16_t *z, float scale, float top, float inverse) {
     i64 i = 0;
     for (; i + 16 <= v; i += 16) {
         __m512 p = _mm512_mul_ps(exp16(_mm512_sub_ps(_mm512_mul_ps(load16(z + i), factor), largest)), share);
-        store16(z + i, _mm512_mul_ps(p, factor));
+        p = _mm512_mul_ps(p, factor);
+        if (is_tiny16(p)) break;
+        store16(z + i, p);
     }
     return i;
 }

@@ -12,13 +12,21 @@
 
 INLINE i64 sum16(i64 h, const uint16_t *x, const uint16_t *residual, uint16_t *summed) {
     i64 i = 0;
-    for (; i + 16 <= h; i += 16) store16(summed + i, _mm512_add_ps(load16(x + i), load16(residual + i)));
+    for (; i + 16 <= h; i += 16) {
+        __m512 s = _mm512_add_ps(load16(x + i), load16(residual + i));
+        if (is_tiny16(s)) break;
+        store16(summed + i, s);
+    }
     return i;
 }
 
 INLINE i64 scale16(i64 h, const uint16_t *x, float r, const uint16_t *w, uint16_t *y) {
     i64 i = 0;
-    for (; i + 16 <= h; i += 16) store16(y + i, _mm512_mul_ps(round16(_mm512_mul_ps(load16(x + i), _mm512_set1_ps(r))), load16(w + i)));
+    for (; i + 16 <= h; i += 16) {
+        __m512 n = _mm512_mul_ps(load16(x + i), _mm512_set1_ps(r)), scaled = _mm512_mul_ps(round16(n), load16(w + i));
+        if (is_tiny16(n) | is_tiny16(scaled)) break;
+        store16(y + i, scaled);
+    }
     return i;
 }
 
@@ -29,7 +37,9 @@ INLINE i64 slope16(i64 h, const uint16_t *dy, const uint16_t *dsummed, const uin
     for (; i + 16 <= h; i += 16) {
         __m512 g = _mm512_mul_ps(load16(dy + i), _mm512_add_ps(plus, load16(w + i)));
         __m512 d = _mm512_mul_ps(r, _mm512_sub_ps(g, _mm512_mul_ps(_mm512_mul_ps(load16(x + i), r), c)));
-        store16(dx + i, dsummed ? _mm512_add_ps(d, load16(dsummed + i)) : d);
+        if (dsummed) d = _mm512_add_ps(d, load16(dsummed + i));
+        if (is_tiny16(d)) break;
+        store16(dx + i, d);
     }
     return i;
 }
