@@ -27,7 +27,7 @@ Fields = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Ten
 
 _CPU_ROWS, _CPU_ELEMENTS = 512, 1 << 25
 """A CPU's chunk. W is read, and laid out for the product, once a chunk. One core, bf16, V = 128256, H = 2048: the product dz W runs at 125,
-193, 272, 341 GFLOP/s with 32, 64, 128, 256 rows. Two cores, V = 49152, H = 576: 609, 746, 804, 821 with 128, 256, 512, 1024."""
+193, 272, 341 GFLOP/s with 32, 64, 128, 256 rows. Two cores, V = 49152, H = 576: 609, 742, 799, 821 with 128, 256, 512, 1024."""
 
 _CUDA_BYTES = 1 << 29
 """A GPU's chunk of logits: 2048 rows of Llama 3 in bf16, so that dz W (2048 x 2048) has a tile for each of 132 processors."""

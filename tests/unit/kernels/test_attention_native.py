@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -15,9 +16,13 @@ from burnish.kernels.attention_cpu import gemm_attention
 from burnish.kernels.attention_native import native_attention
 from burnish.kernels.forest import Forest
 
+from . import attending
+from .attending import assert_no_further, fused, gradients
+
 pytestmark = pytest.mark.skipif(not native.ready(), reason=native.why_not() or "")
 
 BF16, FP32 = torch.bfloat16, torch.float32
+inputs = partial(attending.inputs, size=24, dtype=FP32)
 FORESTS = {
     "one": ((20,), (-1,)),
     "packed": ((1, 3, 130, 1, 66), (-1,) * 5),
@@ -33,18 +38,6 @@ FORESTS = {
 def forest_of(name):
     lengths, parents = FORESTS[name]
     return Forest(tuple(sum(lengths[: i + 1]) for i in range(len(lengths))), parents)
-
-
-def inputs(total, heads=6, kv_heads=2, size=24, value_size=None, dtype=FP32, seed=0):
-    """q, k, v as projections make them: [1, H, T, D] views of [1, T, H, D]."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = ((heads, size), (kv_heads, size), (kv_heads, value_size or size))
-    return [torch.randn(1, total, *s, generator=generator).to(dtype).transpose(1, 2).requires_grad_() for s in sizes]
-
-
-def gradients(function, tensors, weight, **options):
-    output = function(*tensors, **options)
-    return [output.detach(), *torch.autograd.grad((output * weight.to(output.dtype)).sum(), tensors)]
 
 
 def weight_for(tensors):
@@ -92,7 +85,7 @@ def test_soft_caps_and_sinks(name, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (8, 1, 128), (4, 4, 7), (160, 1, 8), (2, 2, 1)])
 def test_heads_share_keys(heads, kv_heads, size, dtype):
-    agree(forest_of("pairs"), inputs(206, heads, kv_heads, size, dtype=dtype))
+    agree(forest_of("pairs"), inputs(206, heads, kv_heads, size=size, dtype=dtype))
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,13 +95,7 @@ def test_any_forest(data):
     parents = tuple(data.draw(st.integers(-1, i - 1)) for i in range(len(lengths)))
     forest = Forest(tuple(sum(lengths[: i + 1]) for i in range(len(lengths))), parents)
     window, size = data.draw(st.none() | st.integers(1, 99)), data.draw(st.integers(1, 20))
-    agree(forest, inputs(sum(lengths), 4, 2, size, dtype=data.draw(st.sampled_from([FP32, BF16]))), window=window)
-
-
-def fused(q, k, v, forest):
-    """Roots by torch's own kernel, in the type of the inputs."""
-    parts = zip(*(x.split(forest.lengths, dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts], dim=2)
+    agree(forest, inputs(sum(lengths), 4, 2, size=size, dtype=data.draw(st.sampled_from([FP32, BF16]))), window=window)
 
 
 @pytest.mark.parametrize("strength", [0.3, 1.0, 3.0])
@@ -116,7 +103,7 @@ def fused(q, k, v, forest):
 def test_error_is_not_above_that_of_the_others(dtype, strength):
     # Plain attention, torch's fused kernel and the twin, in the same type. `strength` makes probabilities flat or sharp.
     forest = Forest((185, 260, 561), (-1, -1, -1))
-    tensors = inputs(561, 9, 3, 64, dtype=dtype)
+    tensors = inputs(561, 9, 3, size=64, dtype=dtype)
     with torch.no_grad():
         for x in tensors[:2]:
             x.mul_(strength**0.5)
@@ -128,12 +115,7 @@ def test_error_is_not_above_that_of_the_others(dtype, strength):
         gradients(gemm_attention, tensors, weight, forest=forest),
     ]
     ours = gradients(native_attention, tensors, weight, forest=forest)
-    for mine, *theirs, exact in zip(ours, *others, truth, strict=True):
-        assert mine.dtype is dtype
-        found, allowed = (mine - exact).abs(), [(x - exact).abs() for x in theirs]
-        assert found.mean() <= 1.05 * max(x.mean() for x in allowed)
-        assert found.square().mean() <= 1.25 * max(x.square().mean() for x in allowed)
-        assert found.max() <= 2 * max(x.max() for x in allowed)
+    assert_no_further(ours, others, truth, dtype)
 
 
 def test_recomputed_layers_are_bit_equal():

@@ -57,6 +57,13 @@ def plain_rstd(x: Tensor) -> Tensor:
     return torch.rsqrt(x.to(torch.promote_types(x.dtype, FP32)).pow(2).mean(-1) + 1e-5)
 
 
+def test_norms_keep_numbers_below_the_smallest_normal_one() -> None:
+    x, residual, w = (1e-39 * torch.randn(5, 100)).to(BF16), (1e-39 * torch.randn(5, 100)).to(BF16), torch.full((100,), 1e-3).to(BF16)
+    y, summed, rstd = native.rms_norm_forward(x, w, 1e-5, 0.0, False, residual, BF16)
+    assert summed is not None and torch.equal(summed, x + residual)
+    assert torch.equal(y, plain_norm(summed, w, rstd, 0.0, False, BF16)) and 0 < y.abs().max() < torch.finfo(FP32).tiny
+
+
 @pytest.mark.parametrize("gemma", [False, True])
 @pytest.mark.parametrize(("x_type", "w_type", "out"), [(a, b, c) for a in (BF16, FP32) for b in (BF16, FP32) for c in (BF16, FP32)])
 def test_norm_forward(x_type: torch.dtype, w_type: torch.dtype, out: torch.dtype, gemma: bool) -> None:
