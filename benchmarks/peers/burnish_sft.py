@@ -1,4 +1,4 @@
-"""burnish's side of benchmarks/sft.py: `burnish train` through its Python door.
+"""burnish's side of benchmarks/sft.py: what `burnish train` does, with a callback that measures.
 
 stock: batches of as many examples as the peers'. best: as many tokens a step as a packing peer's (batch_tokens).
 
@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import sys
 
-import torch
-
-import burnish
 from benchmarks.peers.job import Job, StepLog, read_job
-from burnish.config.sections import Model
-from burnish.engine.events import Callback, State
-from burnish.engine.step import StepResult
-from burnish.models.load import load_model
-from burnish.models.save import save_model
-from burnish.models.tokenizer import load_tokenizer
+from burnish.core.garbage import paused
+
+with paused(keep=True):  # as the command does
+    import torch
+
+    from burnish.config.sections import Model
+    from burnish.engine.events import Callback, State
+    from burnish.engine.step import StepResult
+    from burnish.models.load import load_model
+    from burnish.models.save import save_model
+    from burnish.models.tokenizer import load_tokenizer
+    from burnish.run import Run
 
 
 class Measured(Callback):
@@ -39,7 +42,7 @@ def main() -> None:
         return
     job = read_job()
     log = StepLog(job)
-    burnish.Run.from_config(settings(job), callbacks=[Measured(log)]).train()
+    Run.from_config(settings(job), callbacks=[Measured(log)]).train()
     log.end("burnish", "transformers", "peft")
 
 

@@ -19,6 +19,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from burnish.core.garbage import paused
+
 if TYPE_CHECKING:
     from burnish.core.errors import BurnishError
     from burnish.data.types import Batch, Conversation, Message
@@ -44,7 +46,8 @@ __all__ = ["Batch", "BurnishError", "Conversation", "Loss", "Message", "Policy",
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'burnish' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    with paused():
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from burnish.core.errors import BurnishError, did_you_mean
+from burnish.core.garbage import paused
 
 app = typer.Typer(
     name="burnish",
@@ -60,7 +61,8 @@ def data(
     as_json: AsJson = False,
 ) -> None:
     """Show what is trained on: an account of every row and token, and rows with the trained tokens coloured."""
-    from burnish.cli.data import main as command
+    with paused(keep=True):
+        from burnish.cli.data import main as command
 
     command(file, overrides or [], row=row, html=html, as_json=as_json)
 
@@ -78,7 +80,8 @@ def chat(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code shipped with the model.")] = False,
 ) -> None:
     """Talk to a model, before or after training."""
-    from burnish.cli.chat import main as command
+    with paused(keep=True):
+        from burnish.cli.chat import main as command
 
     command(
         target,

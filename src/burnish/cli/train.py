@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from burnish.config.load import load_run
+from burnish.core.garbage import paused
 from burnish.core.log import console, info
 
 
@@ -13,7 +14,7 @@ def main(file: Path, overrides: Sequence[str]) -> None:
     """Trains as the run file says, or tells where the model is, if that is done already."""
     loaded = load_run(file, overrides)
     # Only now the heavy imports: a mistake in the run file is answered at once.
-    with console.status("starting"):
+    with console.status("starting"), paused(keep=True):
         from burnish.run import Run
 
     run = Run(loaded.config, base=file.resolve().parent)
