@@ -256,6 +256,8 @@ class Run:
         preflight.look_at_lengths(self.policy.model, sets, self.config.data.max_length)
         info(preflight.announcement(self.policy, self.backend, self.total_steps))
         info(self.policy.kernels.line())
+        if self.config.model.kernels != "off" and (slower := preflight.without_c(self.backend.device)):
+            info(slower)
         info(self._activations)
         if self._compiled:
             info(self._compiled)

@@ -45,12 +45,14 @@ def main(*, as_json: bool = False) -> None:
 def examine() -> dict[str, Any]:
     """The document of `--json`. A broken installation is reported in it, never raised."""
     accelerators, problem = _accelerators()
+    without_c = None if problem else _without_c()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {package: version(package) for package in PACKAGES},
         "cpu": asdict(processor()),
         "accelerators": [asdict(accelerator) for accelerator in accelerators],
+        "without_c_kernels": without_c,
         "problems": [problem] if problem else [],
         "parts": [
             {"name": part.extra, "purpose": part.purpose, "installed": part.installed, "packages": part.packages, "install": part.install}
@@ -115,6 +117,16 @@ def _mps(torch: Any) -> list[Accelerator]:
     return [Accelerator("Apple GPU (MPS)", round(total / GIB, 1), round((total - torch.mps.current_allocated_memory()) / GIB, 1), True)]
 
 
+def _without_c() -> str | None:
+    """Why the C kernels cannot be used; None where they can. Compiles them where nobody has yet."""
+    try:
+        from burnish.kernels import native
+
+        return native.why_not()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def _text(found: dict[str, Any]) -> str:
     cpu, accelerators = found["cpu"], found["accelerators"]
     features = ", ".join(cpu["features"]) or "no matrix extensions known"
@@ -126,6 +138,8 @@ def _text(found: dict[str, Any]) -> str:
         for number, gpu in enumerate(accelerators)
     ]
     lines += [] if accelerators else ["  GPU           none: training runs on the CPU"]
+    reason = found["without_c_kernels"]
+    lines += [f"  C kernels     {f'none, CPUs train slower: {reason}' if reason else 'compiled, and they agree with torch'}"]
     lines += ["", "Optional parts"]
     lines += [f"  {part['name']:<14}{_state(part):<34}{part['purpose']}" for part in found["parts"]]
     return "\n".join(lines + [f"\nproblem: {problem}" for problem in found["problems"]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from burnish.core.errors import ConfigError, Where
@@ -12,6 +13,7 @@ from burnish.core.log import warn
 from burnish.data.cache import Examples
 from burnish.engine.backend import Backend
 from burnish.engine.progress import short
+from burnish.kernels import native
 from burnish.models.policy import Policy
 from burnish.models.positions import reach
 
@@ -61,6 +63,12 @@ def announcement(policy: Policy, backend: Backend, steps: int) -> str:
         f"training {short(trained)} of {short(everything)} parameters ({trained / everything:.2%}) for {steps:,} steps"
         f" on {devices}{backend.device.type}, in {dtype}"
     )
+
+
+def without_c(device: torch.device) -> str:
+    """One line where this run could have C kernels and has none; empty elsewhere."""
+    reason = native.why_not() if device.type == "cpu" else None
+    return f"kernels: none in C, plain torch in their place, exact but slower: {reason}" if reason else ""
 
 
 def _size(parameter: nn.Parameter) -> int:

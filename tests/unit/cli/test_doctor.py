@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +32,7 @@ def test_the_processor_as_this_process_may_use_it(tmp_path: Path, monkeypatch: p
 def test_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
     doctor.main(as_json=True)
     found = json.loads(capsys.readouterr().out)
-    assert {"python", "platform", "packages", "cpu", "accelerators", "problems", "parts"} == set(found)
+    assert {"python", "platform", "packages", "cpu", "accelerators", "without_c_kernels", "problems", "parts"} == set(found)
     assert found["packages"]["burnish"] and found["packages"]["torch"] and found["cpu"]["cores"] >= 1
     assert found["problems"] == []
 
@@ -97,3 +99,9 @@ def test_what_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, cap
 def test_what_a_run_needs(run: dict[str, object], needed: list[str]) -> None:
     config = parse_run({"model": "a/b", "data": {"train": "a/b"}, **run}).config
     assert [part.extra for part in parts.needed_by(config)] == needed
+
+
+def test_why_there_are_no_c_kernels() -> None:
+    command = [sys.executable, "-m", "burnish", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"CC": "/no/such/compiler"})
+    assert "C kernels     none, CPUs train slower: the C compiler named by $CC is not there: /no/such/compiler" in done.stdout

@@ -10,6 +10,7 @@ from torch import nn
 from burnish.core.errors import ConfigError
 from burnish.engine import preflight
 from burnish.engine.backend import Backend
+from burnish.kernels import native
 
 
 class Trained:
@@ -55,3 +56,12 @@ def test_quantised_weights_count_as_what_they_stand_for() -> None:
     assert model[0].weight.numel() == 128 * 64 // 2
     said = preflight.announcement(Trained(model), Backend(precision="float32"), 1)  # pyright: ignore[reportArgumentType]
     assert "training 4.1k of 12.3k parameters" in said
+
+
+def test_a_run_on_a_cpu_without_c_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "why_not", lambda: "no C compiler found (cc, gcc or clang)")
+    said = preflight.without_c(torch.device("cpu"))
+    assert said == "kernels: none in C, plain torch in their place, exact but slower: no C compiler found (cc, gcc or clang)"
+    assert preflight.without_c(torch.device("meta")) == ""
+    monkeypatch.setattr(native, "why_not", lambda: None)
+    assert preflight.without_c(torch.device("cpu")) == ""
