@@ -49,7 +49,7 @@ from burnish.engine.backend import Backend, Precision
 from burnish.engine.events import Callback
 from burnish.engine.optim import build_optimizer
 from burnish.engine.report import write_report
-from burnish.engine.resume import identity_of
+from burnish.engine.resume import identity_of, refuse_another_run
 from burnish.engine.step import Stepper, StepResult
 from burnish.models.activations import free_memory
 from burnish.models.adapters import attach
@@ -360,11 +360,13 @@ class Run:
         return identity_of(self.config) | fingerprint
 
     def _refuse_to_overwrite(self) -> None:
+        """A refused run must leave the folder of another one as it is: its settings, and the note that it is finished."""
         if self.config.resume == "never" and checkpoint.newest(self.folder / "checkpoints") is not None:
             raise CheckpointError(
                 f"{self.folder} holds a run already, and resume is 'never'",
                 hint="Choose another output folder, or resume: auto to go on with this run.",
             )
+        refuse_another_run(self.folder / "checkpoints", self._identity, self.total_steps)
 
 
 def _dated(config: RunConfig) -> RunConfig:

@@ -165,6 +165,26 @@ class TestFinished:
         code, said = train("train.learning_rate=0.5")
         assert code == 2 and "belongs to a run with other settings: train.learning_rate" in said
 
+    @pytest.mark.parametrize("change", ["train.learning_rate=0.5", "train.steps=2", "data.max_length=7"])
+    def test_a_refused_run_loads_no_model_and_leaves_the_folder_as_it_is(
+        self, change: str, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def contents() -> dict[Path, bytes]:
+            return {path: path.read_bytes() for path in Path("runs/one").rglob("*") if path.is_file()}
+
+        train()
+        before = contents()
+        with monkeypatch.context() as patched:
+            patched.setattr("burnish.run.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+            assert train(change)[0] == 2
+        assert contents() == before
+        assert "already finished after 3 steps" in train()[1]
+
+    def test_a_shorter_run_than_the_one_that_is_there_is_refused(self, train: Train) -> None:
+        train()
+        code, said = train("train.steps=2")
+        assert code == 2 and "step-000003 is at step 3, and the run that is asked for ends at step 2" in said
+
     def test_other_rows_are_noticed(self, train: Train) -> None:
         train()
         with Path("rows.jsonl").open("a") as rows:

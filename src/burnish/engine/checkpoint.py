@@ -106,6 +106,15 @@ def load(folder: Path) -> Checkpoint:
     )
 
 
+def trainer_of(folder: Path) -> dict[str, Any]:
+    """What a checkpoint remembers beside its tensors, unverified: for a look before anything is loaded.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return _read_json(folder / "trainer.json")
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are all as they were written.
 

@@ -68,7 +68,7 @@ def announcement(policy: Policy, backend: Backend, steps: int) -> str:
 def without_c(device: torch.device) -> str:
     """One line where this run could have C kernels and has none; empty elsewhere."""
     reason = native.why_not() if device.type == "cpu" else None
-    return f"kernels: none in C, plain torch in their place, exact but slower: {reason}" if reason else ""
+    return f"C kernels: none, the fast modules compute in plain torch, exact but slower: {reason}" if reason else ""
 
 
 def _size(parameter: nn.Parameter) -> int:

@@ -24,7 +24,7 @@ from burnish.engine.checkpoint import Checkpoint, flatten, unflatten
 from burnish.engine.events import State
 from burnish.engine.step import Stepper
 
-__all__ = ["capture", "identity_of", "restore", "restore_weights", "versions"]
+__all__ = ["capture", "identity_of", "refuse_another_run", "restore", "restore_weights", "versions"]
 
 _MAY_CHANGE = (
     "output",
@@ -90,6 +90,24 @@ def capture(
     )
 
 
+def refuse_another_run(root: Path, identity: Mapping[str, Any], total: int) -> None:
+    """Makes sure, before anything is loaded or written, that the newest checkpoint under `root` is one of this run; if there is any.
+
+    Damaged ones are for `restore` to judge.
+
+    Raises:
+        CheckpointError: it belongs to a run with other settings or other data, or to one that is longer already.
+    """
+    for folder in reversed(checkpoint.folders(root)):
+        try:
+            trainer = checkpoint.trainer_of(folder)
+        except CheckpointError:
+            continue
+        _refuse_another_run(folder, trainer, identity)
+        _refuse_a_longer_run(folder, trainer["state"]["step"], total)
+        return
+
+
 def restore(
     folder: Path,
     *,
@@ -103,12 +121,12 @@ def restore(
     """Puts a run back to where its checkpoint was taken.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or belongs to a run with other settings, other data or other parameters.
+        CheckpointError: the checkpoint is damaged, or belongs to a longer run or one with other settings, other data or other parameters.
     """
     found = checkpoint.load(folder)
     trainer = found.trainer
-    same_burnish = trainer["versions"].get("burnish") == versions()["burnish"]
-    _refuse_another_run(folder, trainer["identity"], identity, strict=same_burnish)
+    _refuse_another_run(folder, trainer, identity)
+    _refuse_a_longer_run(folder, trainer["state"]["step"], state.total)
     restore_weights(found, named_parameters, folder)
     try:
         stepper.optimizer.load_state_dict(found.optimizer)
@@ -158,8 +176,18 @@ _FINGERPRINT = "data.fingerprint"
 _LISTED = 3  # this many settings stand in a message
 
 
-def _refuse_another_run(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any], *, strict: bool) -> None:
+def _refuse_a_longer_run(folder: Path, step: int, total: int) -> None:
+    if step > total:
+        raise CheckpointError(
+            f"{folder} is at step {step:,}, and the run that is asked for ends at step {total:,}",
+            hint="ask for more epochs or steps to go on, or choose another output folder for the shorter run",
+        )
+
+
+def _refuse_another_run(folder: Path, trainer: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    then = trainer["identity"]
     # Another version of burnish may have settings that this one has not: then only those that both know are compared.
+    strict = trainer["versions"].get("burnish") == versions()["burnish"]
     keys = then.keys() | now.keys() if strict else then.keys() & now.keys()
     changed = [key for key in sorted(keys) if then.get(key) != now.get(key)]
     if changed == [_FINGERPRINT]:

@@ -61,7 +61,7 @@ def test_quantised_weights_count_as_what_they_stand_for() -> None:
 def test_a_run_on_a_cpu_without_c_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "why_not", lambda: "no C compiler found (cc, gcc or clang)")
     said = preflight.without_c(torch.device("cpu"))
-    assert said == "kernels: none in C, plain torch in their place, exact but slower: no C compiler found (cc, gcc or clang)"
+    assert said == "C kernels: none, the fast modules compute in plain torch, exact but slower: no C compiler found (cc, gcc or clang)"
     assert preflight.without_c(torch.device("meta")) == ""
     monkeypatch.setattr(native, "why_not", lambda: None)
     assert preflight.without_c(torch.device("cpu")) == ""

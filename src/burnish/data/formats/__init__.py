@@ -208,9 +208,7 @@ def _refuse_what_is_meant_otherwise(source: Source, fit: BuiltInFormat, rows: Se
     columns = _columns(rows)
     write = f"write 'format: {fit.name}' beside the data set's path"
     if {"chosen", "rejected"} <= set(columns):
-        raise _pairs(
-            source, f"to train on the conversations alone, {write}" if _converts(fit, rows) else "they are for preference objectives"
-        )
+        raise _pairs(source, f"to train on the conversations alone, {write}" if _converts(fit, rows) else _NOT_YET)
     if "label" in fit.unused and all(isinstance(row.fields.get("label"), bool) for row in rows):
         raise FormatError(
             f"the rows are judged (column 'label'), which this objective does not use; to train on good and bad alike, {write}",
@@ -293,7 +291,7 @@ def _inline(mapping: Mapping[str, str | None]) -> str:
 
 def _unknown(source: Source, columns: Sequence[str]) -> FormatError:
     if {"chosen", "rejected"} <= set(columns):
-        return _pairs(source, "they are for preference objectives")
+        return _pairs(source, _CHOSEN_ALONE if "prompt" in columns else _NOT_YET)
     kinds = [_Kind.of(name) for name in FORMATS]
     absent = [column for column in source.columns.values() if column not in columns]
     if absent and not any(set(source.columns) & set(kind.shape.inner) for kind in kinds):
@@ -329,6 +327,13 @@ def _near(kind: _Kind, columns: Sequence[str]) -> dict[str, str]:
         if len(set(found.values())) == len(near):
             return found
     return {}
+
+
+_NOT_YET = "burnish has no preference objective yet"
+_CHOSEN_ALONE = (
+    f"{_NOT_YET}; to train on the chosen answers alone, write 'format: prompt_completion' with 'columns: {{completion: chosen}}' "
+    "beside the data set's path"
+)
 
 
 def _pairs(source: Source, advice: str) -> FormatError:

@@ -167,7 +167,12 @@ def test_no_format_fits(fields: dict[str, Any], message: str, hint: str) -> None
         ),
         (
             {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"}, "rejected": {}},
-            "preference pairs (columns 'chosen' and 'rejected'), which this objective does not use; they are for preference objectives",
+            "pairs (columns 'chosen' and 'rejected'), which this objective does not use; burnish has no preference objective yet",
+            "",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            "to train on the chosen answers alone, write 'format: prompt_completion' with 'columns: {completion: chosen}' beside",
             "",
         ),
         (
