@@ -13,6 +13,8 @@ from burnish.kernels.attention import eager_attention, forest_attention_referenc
 from burnish.kernels.attention_tree import part_backward_reference, part_reference, parts, tree_attention
 from burnish.kernels.forest import Forest
 
+from .attending import gradients, inputs
+
 CPU = torch.device("cpu")
 FORESTS = {
     "packed": Forest((1, 4, 17, 18), (-1,) * 4),
@@ -20,18 +22,6 @@ FORESTS = {
     "group": Forest((9, 10, 13, 21, 22), (-1, 0, 0, 0, 0)),
     "levels": Forest((4, 7, 9, 12, 15, 16), (-1, 0, 0, 2, 1, 3)),
 }
-
-
-def inputs(total, heads=6, kv_heads=2, size=8, value_size=None, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    sizes = ((heads, size), (kv_heads, size), (kv_heads, value_size or size))
-    made = [torch.randn(1, total, *s, generator=generator, dtype=torch.float64).to(dtype) for s in sizes]
-    return [x.transpose(1, 2).requires_grad_() for x in made]
-
-
-def gradients(function, tensors, weight, **options):
-    output = function(*tensors, **options)
-    return [output.detach(), *torch.autograd.grad((output * weight.to(output.dtype)).sum(), tensors)]
 
 
 def agree(forest, tensors, **options):

@@ -167,7 +167,8 @@ def test_no_format_fits(fields: dict[str, Any], message: str, hint: str) -> None
         ),
         (
             {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"}, "rejected": {}},
-            "pairs (columns 'chosen' and 'rejected'), which this objective does not use; burnish has no preference objective yet",
+            "preference pairs (columns 'chosen' and 'rejected'), which this objective does not use; "
+            "burnish has no preference objective yet",
             "",
         ),
         (
