@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PrivateAttr
 
 from burnish.config.base import Location, LongForm, Strict
-from burnish.config.objectives import SFT, Objective
+from burnish.config.objectives import SFT, AnyObjective
 from burnish.config.sections import Adapter, Data, Evaluation, Model, Optimizer, Parallel, Save, Schedule, Source, Train
 
 Tracker = Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"]
@@ -27,7 +27,7 @@ class RunConfig(Strict):
     """A low-rank adapter, `lora` or a section. Left out or null: full fine-tuning."""
     data: Data
     """What is trained on."""
-    objective: Objective = SFT()
+    objective: AnyObjective = SFT()
     """What is minimised: `sft` or a section."""
     train: Train = Train()
     """How long, in what steps, how fast."""

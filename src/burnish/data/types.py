@@ -1,10 +1,10 @@
-"""The contracts of the data path: what a row means (Conversation, Text, Tokens) and what a model is given (Example, Batch).
+"""The contracts of the data path: what a row means (Conversation, Pair, Text ...) and what a model is given (Example, Batch).
 
 Data flows one way:
 
-    row -> format -> Conversation | Text | Tokens -> render -> Example -> loader -> Batch
+    row -> format -> Conversation | Completion | Text | Tokens | Pair | Judged | Stepwise -> render -> Example -> loader -> Batch
 
-Shapes: T tokens of a batch, K predictions that are trained, N segments.
+Shapes: T tokens of a batch, K predictions that are trained, N segments, B branches, E examples.
 """
 
 from __future__ import annotations
@@ -77,20 +77,66 @@ class Tokens:
     labels: tuple[int, ...] | None = None
 
 
-Item = Conversation | Completion | Text | Tokens
+Answer = Conversation | Completion
+"""A prompt with one answer: the messages of the prompt have `train=False`, those that answer have `train=None`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to the same prompt, one of which is preferred.
+
+    `margin` says by how much (for reward models, 2307.09288 section 3.2.2), `weight` how much the pair counts in the loss.
+    """
+
+    chosen: Answer
+    rejected: Answer
+    margin: float = 0.0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One answer and whether it is a good one. `weight` is how much it counts in the loss."""
+
+    answer: Answer
+    label: bool
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stepwise:
+    """A solution in steps, each of them right (1) or wrong (0), for process reward models."""
+
+    prompt: str
+    steps: tuple[str, ...]
+    labels: tuple[float, ...]
+
+
+Item = Conversation | Completion | Text | Tokens | Pair | Judged | Stepwise
 """What a format makes of one row."""
+
+BatchKind = Literal["tokens", "pairs", "judged", "steps"]
+"""What an objective compares: trained tokens, the two answers of a pair, judged answers, or the steps of a solution."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One tokenised example.
+    """One tokenised example: a line of tokens, or a small tree of segments.
 
-    `weights[i]` is the training weight of token i as something to be *predicted* (from tokens 0..i-1): 0 is masked, 1 is trained.
-    `weights[0]` has no effect: nothing comes before the first token.
+    `weights[i]` is the training weight of token i as something to be *predicted* (from the tokens before it): 0 is masked, 1 is trained.
+    The first token of a root has no effect: nothing comes before it.
+
+    A preference pair is its shared prompt with two children, `ends` = (end of the prompt, of chosen, of rejected) and `parents` =
+    (-1, 0, 0); where the answers share nothing, two roots. A segment with trained tokens is a *branch*.
     """
 
     input_ids: np.ndarray  # int32 [L]
     weights: np.ndarray  # float32 [L]
+    ends: tuple[int, ...] = ()  # of its segments, the last one L; empty: the whole example is one root
+    parents: tuple[int, ...] = ()  # of each segment, by number within the example; -1 is a root
+    values: tuple[float, ...] = ()  # what the row says beside its text: the margin of a pair, the label of an answer or of each step
+    weight: float | None = None  # what the example counts in the loss; None: the sum of its token weights
+    reference: np.ndarray | None = None  # float32 [K]: the reference model's log-probability of each trained token
 
 
 @dataclass(slots=True)
@@ -103,8 +149,18 @@ class Batch:
     Predictions stand apart from tokens: prediction k is made at token `rows[k]` and its truth is `targets[k]`. So the last token of
     a shared prompt can predict the first token of each of its children, and nobody searches for trained positions on the device.
 
-    `weight` is what the loss of this micro-batch sums over (for SFT: the sum of `token_weights`); `step_weight` is the same over all
-    micro-batches of the optimiser step on all ranks, known to the loader in advance. The engine divides by it, nobody else does.
+    `weight` is what the loss of this micro-batch sums over (for SFT: the sum of `token_weights`; for pairs: how many there are);
+    `step_weight` is the same over all micro-batches of the optimiser step on all ranks, known to the loader in advance. The engine divides
+    by it, nobody else does.
+
+    Where examples have branches (`branches` is not empty), the predictions of one branch stand together, in the order of the branches:
+    chosen and rejected of the first pair, then of the second. `extras` then holds
+
+        lengths    int64 [B]     trained predictions of each branch, as in `branches`
+        ends       int64 [B]     the last token of each branch
+        values     float32 [V]   the examples' values one after another: [E] margins or labels, [B] labels of steps
+        weights    float32 [E]   what each example counts in the loss
+        reference  float32 [K]   the reference model's log-probabilities, where they are known already
     """
 
     input_ids: torch.Tensor  # int64 [T]
@@ -117,7 +173,9 @@ class Batch:
     weight: float
     step_weight: float
     last: bool = True  # the last micro-batch of its optimiser step
-    examples: int = 0  # examples in this micro-batch, for the log
+    examples: int = 0  # examples in this micro-batch
+    branches: tuple[int, ...] = ()  # B: trained predictions of each branch; empty: examples have none
+    step_tokens: float = 0.0  # weight of the trained tokens in the first branches of all examples of the step, on all ranks
     extras: dict[str, torch.Tensor] = field(default_factory=lambda: {})  # noqa: PIE807  # typed, where dict itself would not be
 
     def to(self, device: torch.device | str) -> Batch:

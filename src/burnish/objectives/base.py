@@ -8,16 +8,17 @@ Objectives see the model only through the `Policy` protocol and can be tested wi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from burnish.data.types import Batch
 from burnish.kernels.linear_ce import TokenStats
 
-__all__ = ["Loss", "Objective", "Policy", "TokenStats"]
+__all__ = ["Loss", "Objective", "Policy", "StepObjective", "TokenStats", "Totals", "branch_sums", "reference_logprobs"]
 
 
 class Policy(Protocol):
@@ -52,3 +53,30 @@ class Objective(Protocol):
     def __call__(self, policy: Any, batch: Batch) -> Loss:
         """The loss of one micro-batch."""
         ...
+
+
+Totals = Callable[[Mapping[str, tuple[float, float]]], dict[str, tuple[float, float]]]
+"""Adds (sum, count) pairs over the ranks, key by key (`Backend.sums`)."""
+
+
+@runtime_checkable
+class StepObjective(Protocol):
+    """An objective whose loss of one example depends on all examples of the step."""
+
+    def begin_step(self, policy: Any, batches: Sequence[Batch], totals: Totals) -> None:
+        """Called with all micro-batches of a step on this rank (or of a whole evaluation), on the device, before the first loss."""
+        ...
+
+
+def branch_sums(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The sum of values [K] over the predictions of each branch [B], in a fixed order of additions and without waiting for the device."""
+    return torch.segment_reduce(values, "sum", lengths=batch.extras["lengths"], unsafe=True)
+
+
+def reference_logprobs(policy: Policy, batch: Batch) -> torch.Tensor:
+    """The reference model's log-probability of each target [K]: computed before the run, or else now, without gradients."""
+    known = batch.extras.get("reference")
+    if known is not None:
+        return known
+    with policy.reference():
+        return policy.token_stats(batch).logprobs
