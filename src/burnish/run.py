@@ -25,13 +25,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from burnish.config.dump import dump_run, resolved
 from burnish.config.load import load_run, parse_run
-from burnish.config.objectives import Plugin
+from burnish.config.objectives import KTO, Plugin, ReferenceKind, batch_kind
 from burnish.config.run import RunConfig
 from burnish.config.sections import Adapter, Model
 from burnish.core import plugins
@@ -39,22 +40,22 @@ from burnish.core.errors import CheckpointError, ConfigError, Interrupted, Where
 from burnish.core.log import busy, info
 from burnish.data.account import Account
 from burnish.data.cache import Examples
-from burnish.data.loader import Loader, eval_batches
-from burnish.data.prepare import Prepared, prepare, prepare_eval
+from burnish.data.loader import ExampleSet, Loader, eval_batches
+from burnish.data.prepare import Prepared, cache_folder, prepare, prepare_eval
 from burnish.data.render import Renderer
 from burnish.data.stream import StreamLoader
-from burnish.data.types import Batch
-from burnish.engine import checkpoint, loop, preflight
+from burnish.data.types import Batch, BatchKind
+from burnish.engine import checkpoint, loop, preflight, reference
 from burnish.engine.backend import Backend, Precision
 from burnish.engine.events import Callback
 from burnish.engine.optim import build_optimizer
 from burnish.engine.report import write_report
 from burnish.engine.resume import identity_of, refuse_another_run
-from burnish.engine.step import Stepper, StepResult
+from burnish.engine.step import Stepper, StepResult, begin_step
 from burnish.models.activations import free_memory
 from burnish.models.adapters import attach
 from burnish.models.load import load_model
-from burnish.models.locate import locate
+from burnish.models.locate import fingerprint, locate
 from burnish.models.policy import Policy
 from burnish.models.save import save_model
 from burnish.models.tokenizer import add_tokens, load_tokenizer
@@ -127,9 +128,14 @@ class Run:
         return Renderer.of(self.tokenizer, self.config.data)
 
     @cached_property
+    def kind(self) -> BatchKind:
+        """What the objective compares, and so which rows it can use."""
+        return batch_kind(self.config.objective, self.base)
+
+    @cached_property
     def data(self) -> Prepared:
         """The tokenised data and its account; of streamed data, which is not there yet, see `loader` and `held_out`."""
-        return prepare(self.config.data, self.renderer, seed=self.config.train.seed, base=self.base)
+        return prepare(self.config.data, self.renderer, seed=self.config.train.seed, kind=self.kind, base=self.base)
 
     @cached_property
     def held_out(self) -> Examples | None:
@@ -137,7 +143,7 @@ class Run:
         data = self.config.data
         if not data.streaming:
             return self.data.eval
-        held_out = prepare_eval(data, self.renderer, seed=self.config.train.seed, base=self.base)
+        held_out = prepare_eval(data, self.renderer, seed=self.config.train.seed, kind=self.kind, base=self.base)
         return held_out[0] if held_out else None
 
     @property
@@ -153,7 +159,15 @@ class Run:
         device = {"rank": self.backend.rank, "world_size": self.backend.world_size, "micro_batch_tokens": self.micro_batch_tokens}
         if data.streaming:
             return StreamLoader(
-                data, self.renderer, batch_size=batch_size, batch_tokens=train.batch_tokens, seed=train.seed, base=self.base, **device
+                data,
+                self.renderer,
+                batch_size=batch_size,
+                batch_tokens=train.batch_tokens,
+                seed=train.seed,
+                base=self.base,
+                kind=self.kind,
+                mismatched=self._mismatched,
+                **device,
             )
         return Loader(
             self.data.train,
@@ -163,8 +177,15 @@ class Run:
             packing=data.packing,
             shuffle=data.shuffle,
             seed=train.seed,
+            mismatched=self._mismatched,
             **device,
         )
+
+    @property
+    def _mismatched(self) -> bool:
+        """Whether the objective wants every answer once more, under another prompt."""
+        objective = self.config.objective
+        return isinstance(objective, KTO) and objective.loss == "kto"
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -206,26 +227,84 @@ class Run:
     @cached_property
     def job(self) -> loop.Job:
         """All of it, as the training loop takes it."""
-        source, held_out = self.loader, self.held_out
+        source, policy = self.loader, self.policy
+        held_out = self._refer(policy)
         if self.config.train.optimizer.in_backward and isinstance(source, Loader):
             preflight.refuse_cut_steps(source.tokens_per_step / self.backend.world_size, self.micro_batch_tokens)
         cut = (self.micro_batch_tokens, self.backend.rank, self.backend.world_size)
-        passes = partial(eval_batches, held_out, *cut, packing=self.config.data.packing) if held_out is not None else None
+        options = {"packing": self.config.data.packing, "mismatched": self._mismatched}
+        passes = partial(eval_batches, held_out, *cut, **options) if held_out is not None else None
         return loop.Job(
-            policy=self.policy,
+            policy=policy,
             objective=self.objective,
             source=source,
-            optimizer=build_optimizer(self.policy.trainable(), self.config.train, in_backward=self.config.train.optimizer.in_backward),
+            optimizer=build_optimizer(policy.trainable(), self.config.train, in_backward=self.config.train.optimizer.in_backward),
             backend=self.backend,
             train=self.config.train,
             folder=self.folder,
             evaluation=self.config.evaluation,
             save=self.config.save,
             eval_batches=passes,
-            callbacks=self.callbacks,
+            callbacks=[*self.callbacks, *self._reference_moves(policy)],
             identity=self._identity,
             resume=self.config.resume == "auto",
         )
+
+    def _refer(self, policy: Policy) -> ExampleSet | None:
+        """Gets the reference's log-probabilities ready, in the way that costs least; returns the held-out examples, with theirs."""
+        held_out, config = self.held_out, self.config
+        if not self.objective.needs_reference:
+            return held_out
+        asked: ReferenceKind = getattr(config.objective, "reference", "auto")
+        fresh = config.adapter is not None and config.adapter.path is None
+        moves = getattr(config.objective, "sync", None) is not None
+        kind, why = reference.choose(asked, adapter_off=fresh, streaming=config.data.streaming, moves=moves, looks=self._looks)
+        reference.note(kind, why)
+        if kind == "copy":
+            policy.keep_reference()
+        if kind != "precomputed" or not isinstance(self.loader, Loader):
+            return held_out
+        whole = {
+            "identity": self._reference_identity,
+            "folder": cache_folder(config.data),
+            "backend": self.backend,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "packing": config.data.packing == "auto",
+        }
+        train = self.data.train
+        self.loader.refer(reference.precompute(policy, train, self.loader.looked_at(self.total_steps), **whole))
+        if held_out is None or self.config.evaluation.every is None:
+            return held_out
+        return reference.precompute(policy, held_out, np.arange(len(held_out)), what="data.eval", **whole)
+
+    @property
+    def _looks(self) -> float:
+        """How often each example that the run uses is looked at, on the average."""
+        if not isinstance(self.loader, Loader):
+            return 1.0
+        held_out, every, steps = self.held_out, self.config.evaluation.every, self.total_steps
+        size = {"steps_per_epoch": self.loader.steps_per_epoch, "tokens_per_step": self.loader.tokens_per_step}
+        evaluated = 0 if held_out is None or every is None else len(held_out)
+        times = max(1, steps // every.steps(**size)) if every is not None else 0
+        trained = steps / self.loader.steps_per_epoch * len(self.data.train)
+        return (trained + times * evaluated) / (len(self.loader.looked_at(steps)) + evaluated)
+
+    @property
+    def _reference_identity(self) -> dict[str, Any]:
+        """What decides the reference's log-probabilities besides the examples."""
+        model, adapter = self.config.model, self.config.adapter
+        return {
+            "model": [fingerprint(model.path, model.revision), model.model_dump(include={"dtype", "quantize", "new_tokens"})],
+            "adapter": fingerprint(adapter.path, None) if adapter is not None and adapter.path is not None else None,
+            "precision": str(self.backend.compute_dtype),
+        }
+
+    def _reference_moves(self, policy: Policy) -> list[Callback]:
+        sync = getattr(self.config.objective, "sync", None)
+        if sync is None:
+            return []
+        size = {"steps_per_epoch": getattr(self.loader, "steps_per_epoch", None), "tokens_per_step": self.loader.tokens_per_step}
+        return [reference.Moves(policy, sync.mix, lambda step: loop.due(sync.every, step, **size, key="objective.sync.every"))]
 
     @cached_property
     def stepper(self) -> Stepper:
@@ -287,9 +366,9 @@ class Run:
     def batches(self) -> Iterator[Batch]:
         """Micro-batches of this rank, on the device, until the run's last step."""
         while self.stepper.step < self.total_steps:
-            for batch in self.loader.next(self.policy):
-                self._batch = batch.to(self.backend.device)
-                yield self._batch
+            for batch in begin_step(self.loader.next(self.policy), self.objective, self.policy, self.backend):
+                self._batch = batch
+                yield batch
 
     def loss(self, batch: Batch) -> Loss:
         """The run's objective on a micro-batch: a sum, which `step` divides by the weight of the whole step."""

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from burnish.config.load import load_run
+from burnish.config.objectives import batch_kind
 from burnish.config.run import RunConfig
 from burnish.core.errors import BurnishError
 from burnish.core.log import info
@@ -42,7 +43,9 @@ def main(file: Path, overrides: Sequence[str], *, row: str | None, html: Path | 
     base = file.resolve().parent
     account: Account | None = None
     if row is not None:
-        rows = [inspect.row_number(config.data, renderer, tokenizer, number, file=named, seed=config.train.seed, base=base)]
+        kind = batch_kind(config.objective, base)
+        place = {"kind": kind, "file": named, "seed": config.train.seed, "base": base}
+        rows = [inspect.row_number(config.data, renderer, tokenizer, number, **place)]
         document = rows[0].to_json()
     else:
         account, rows = _overview(config, renderer, tokenizer, count=IN_PAGE if html else ON_SCREEN, base=base)
@@ -59,7 +62,7 @@ def _overview(config: RunConfig, renderer: RendererLike, tokenizer: Tokenizer, *
     """The account, and the first examples."""
     if config.data.streaming:
         return _glance(config, renderer, tokenizer, count=count, base=base)
-    prepared = prepare(config.data, renderer, seed=config.train.seed, base=base)
+    prepared = prepare(config.data, renderer, seed=config.train.seed, kind=batch_kind(config.objective, base), base=base)
     train = prepared.train
     return prepared.account, [inspect.show([train[i]], tokenizer, train.origin(i)) for i in range(min(count, len(train)))]
 
@@ -67,7 +70,7 @@ def _overview(config: RunConfig, renderer: RendererLike, tokenizer: Tokenizer, *
 def _glance(config: RunConfig, renderer: RendererLike, tokenizer: Tokenizer, *, count: int, base: Path) -> tuple[Account, list[Shown]]:
     """The same for the first rows of a stream."""
     data, seed = config.data, config.train.seed
-    opened = open_set(data.train, seed=seed, streaming=True, base=base)
+    opened = open_set(data.train, batch_kind(config.objective, base), seed=seed, streaming=True, base=base)
     tally = Tally(opened.account(), deduplicate=data.deduplicate)
     shown: list[Shown] = []
     lengths: list[int] = []

@@ -14,6 +14,7 @@ from burnish.config.shape import Shape, fields_of
 
 FIRST_LINE = "# Every key there is, with its default: to look things up and to copy lines from."
 WIDTH = 120
+_REQUIRED = object()  # in place of a value that has no default
 
 
 def reference() -> str:
@@ -29,7 +30,7 @@ def _section(section: Strict, indent: str) -> Iterator[str]:
             yield ""
         comment = " ".join([*(fields[key].description or "").split(), *_choices(shape, fields[key].description or "")])
         yield from textwrap.wrap(comment, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-        yield from _entry(key, getattr(section, key), shape, indent)
+        yield from _entry(key, getattr(section, key, _REQUIRED), shape, indent)
 
 
 def _choices(shape: Shape, said: str) -> list[str]:
@@ -42,20 +43,28 @@ def _entry(key: str, value: Any, shape: Shape, indent: str) -> Iterator[str]:
     if isinstance(value, Strict):
         yield f"{indent}{key}:"
         yield from _section(value, f"{indent}  ")
+        for other in (section for tag, section in shape.sections if tag != "plugin" and not isinstance(value, section)):
+            yield from _switched_off(key, other, indent)
     elif isinstance(value, list) and value and isinstance(value[0], Strict):
         yield f"{indent}{key}:"
         yield f"{indent}  -"
         yield from _section(value[0], f"{indent}    ")
     elif value is None and shape.sections:
-        # A section that is off: its keys, commented out.
         yield f"{indent}{key}: null"
-        yield f"{indent}# {key}:"
-        yield from (f"{indent}# {line}" for line in _section(shape.sections[0][1](), "  "))
+        yield from _switched_off(key, shape.sections[0][1], indent)
     else:
         yield f"{indent}{key}: {_written(value)}"
 
 
+def _switched_off(key: str, section: type[Strict], indent: str) -> Iterator[str]:
+    """A section that is off: its keys, commented out."""
+    yield f"{indent}# {key}:"
+    yield from (f"{indent}# {line}" for line in _section(section.model_construct(), "  "))
+
+
 def _written(value: Any) -> str:
+    if value is _REQUIRED:
+        return "NAME"
     if not isinstance(value, int | float | str | list | dict | None):
         value = str(value)  # a duration
     if isinstance(value, str) and value and read_value(value) == value:

@@ -6,11 +6,14 @@ They stand here, not beside the losses, so that `burnish check` and the JSON sch
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, cast
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from burnish.config.base import Duration, Kind, Location, LongForm, OneOrMany, Strict
+from burnish.core import plugins
+from burnish.core.errors import ConfigError, Where, did_you_mean
 
 BatchKind = Literal["tokens", "pairs", "judged", "steps"]
 ReferenceKind = Literal["auto", "adapter_off", "precomputed", "copy"]
@@ -240,3 +243,19 @@ AnyObjective = Annotated[
     LongForm("kind"),
 ]
 """What is minimised, and so which rows a run can use."""
+
+
+def batch_kind(objective: Objective | Plugin, base: Path) -> BatchKind:
+    """What the run's objective compares, and so which rows it can use.
+
+    An objective of the user's own says so with an attribute `batch_kind`; without one it gets what SFT gets.
+
+    Raises:
+        ConfigError: there is no such objective, or what it says is none of the kinds.
+    """
+    if isinstance(objective, Objective):
+        return objective.batch
+    kind: Any = getattr(plugins.load("objectives", objective.kind, base), "batch_kind", "tokens")
+    if kind not in (kinds := get_args(BatchKind)):
+        raise ConfigError(f"batch_kind is {kind!r}; {did_you_mean(str(kind), kinds)}", where=Where(field=f"objective {objective.kind}"))
+    return cast(BatchKind, kind)

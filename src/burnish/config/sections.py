@@ -148,6 +148,8 @@ class Data(Strict):
     """For prompt-completion rows: train on the prompt too."""
     packing: Literal["auto", "off"] = "auto"
     """`auto` puts examples of a step side by side in one flat micro-batch; `off` computes them one by one. Same mathematics."""
+    share_prompts: Literal["auto", "off"] = "auto"
+    """`auto` computes the prompt of a preference pair once for both answers; `off` computes it with each. Same mathematics."""
     mix: Literal["proportional", "round_robin", "oversample", "undersample"] = "proportional"
     """How several sources meet: sampled by weight without repeats, or in turn; stop with the longest (over) or shortest (under)."""
     shuffle: bool = True

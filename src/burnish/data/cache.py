@@ -16,6 +16,7 @@ manifest (a disk fault, a copy cut short) is thrown away and made again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -41,8 +42,12 @@ _SCHEMA = pa.schema(
         # Weights are constant over long runs of tokens (a turn, a prompt), so they are stored as runs: exact, and almost free.
         ("run_lengths", pa.list_(pa.int32())),
         ("run_weights", pa.list_(pa.float32())),
+        ("ends", pa.list_(pa.int32())),  # of segments; empty where the example is plain, as parents and values are
+        ("parents", pa.list_(pa.int32())),
+        ("values", pa.list_(pa.float32())),
         ("trained", pa.int32()),
         ("weight", pa.float64()),
+        ("leading", pa.float64()),
         ("source", pa.int32()),
         ("file", pa.int32()),
         ("row", pa.int64()),
@@ -67,31 +72,45 @@ class ExampleBlock:
     run_lengths: IntArray  # [R]
     run_weights: npt.NDArray[np.float32]  # [R]
     runs: IntArray  # [E] number of runs of each example
+    ends: IntArray  # [S] of segments, within their example
+    parents: IntArray  # [S]
+    segments: IntArray  # [E] number of segments of each example; 0 where it is plain
+    values: npt.NDArray[np.float32]  # [V]
+    value_counts: IntArray  # [E]
     trained: IntArray  # [E]
-    weights: npt.NDArray[np.float64]  # [E]
+    weights: npt.NDArray[np.float64]  # [E] what each counts in the loss
+    leading: npt.NDArray[np.float64]  # [E] weight of the tokens of its first branch
     rows: IntArray  # [E]
 
     def examples(self) -> Iterator[Example]:
         """The examples, one by one."""
-        ids, runs = np.cumsum(self.lengths), np.cumsum(self.runs)
-        for end, length, last, count in zip(ids.tolist(), self.lengths.tolist(), runs.tolist(), self.runs.tolist(), strict=True):
-            weights = np.repeat(self.run_weights[last - count : last], self.run_lengths[last - count : last])
-            yield Example(self.input_ids[end - length : end], weights)
+        tokens, runs, segments, values = map(_slices, (self.lengths, self.runs, self.segments, self.value_counts))
+        for place in range(len(self.lengths)):
+            weights = np.repeat(self.run_weights[runs[place]], self.run_lengths[runs[place]])
+            ends, parents = self.ends[segments[place]], self.parents[segments[place]]
+            yield _example(self.input_ids[tokens[place]], weights, ends, parents, self.values[values[place]], float(self.weights[place]))
 
     def select(self, keep: npt.NDArray[np.bool_]) -> ExampleBlock:
         """The examples for which `keep` [E] is true."""
         if keep.all():
             return self
-        tokens, runs = np.repeat(keep, self.lengths), np.repeat(keep, self.runs)
+        counts = (self.lengths, self.runs, self.segments, self.value_counts)
+        tokens, runs, segments, values = (np.repeat(keep, count) for count in counts)
         return ExampleBlock(
-            self.input_ids[tokens],
-            self.lengths[keep],
-            self.run_lengths[runs],
-            self.run_weights[runs],
-            self.runs[keep],
-            self.trained[keep],
-            self.weights[keep],
-            self.rows[keep],
+            input_ids=self.input_ids[tokens],
+            lengths=self.lengths[keep],
+            run_lengths=self.run_lengths[runs],
+            run_weights=self.run_weights[runs],
+            runs=self.runs[keep],
+            ends=self.ends[segments],
+            parents=self.parents[segments],
+            segments=self.segments[keep],
+            values=self.values[values],
+            value_counts=self.value_counts[keep],
+            trained=self.trained[keep],
+            weights=self.weights[keep],
+            leading=self.leading[keep],
+            rows=self.rows[keep],
         )
 
 
@@ -111,12 +130,13 @@ class Store:
     def __init__(self, file: Path, files: list[str]) -> None:
         self._reader = pa.ipc.open_file(pa.memory_map(str(file)))
         self._files = files
-        self._views: dict[int, tuple[npt.NDArray[Any], ...]] = {}
+        self._views: dict[int, list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]] = {}
         batches = [self._reader.get_batch(number) for number in range(self._reader.num_record_batches)]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self.lengths: IntArray = self._gather([_lengths(batch.column("input_ids")) for batch in batches], np.int32)
         self.trained: IntArray = self._column(batches, "trained", np.int32)
         self.weights: npt.NDArray[np.float64] = self._column(batches, "weight", np.float64)
+        self.leading: npt.NDArray[np.float64] = self._column(batches, "leading", np.float64)
         self.sources: IntArray = self._column(batches, "source", np.int32)
         self.identities: npt.NDArray[np.uint64] = self._column(batches, "identity", np.uint64)
         self.turns: npt.NDArray[np.int64] = self._column(batches, "turn", np.int64)
@@ -132,10 +152,10 @@ class Store:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         if number not in self._views:
             self._views[number] = _views(self._reader.get_batch(number))
-        id_ends, ids, run_ends, runs, run_weights = self._views[number]
         place = index - int(self._starts[number])
-        chosen = slice(run_ends[place], run_ends[place + 1])
-        return Example(ids[id_ends[place] : id_ends[place + 1]], np.repeat(run_weights[chosen], runs[chosen]))
+        columns = (values[offsets[place] : offsets[place + 1]] for offsets, values in self._views[number])
+        ids, runs, run_weights, ends, parents, values = columns
+        return _example(ids, np.repeat(run_weights, runs), ends, parents, values, float(self.weights[index]))
 
     def origin(self, index: int) -> tuple[str, int]:
         """File and row number that an example was made from."""
@@ -165,6 +185,7 @@ class Examples:
         self.lengths: IntArray = store.lengths[self._index]
         self.trained: IntArray = store.trained[self._index]
         self.weights: npt.NDArray[np.float64] = store.weights[self._index]
+        self.leading: npt.NDArray[np.float64] = store.leading[self._index]
         self.sources: IntArray = store.sources[self._index]
         self.identities: npt.NDArray[np.uint64] = store.identities[self._index]
         self.turns: npt.NDArray[np.int64] = store.turns[self._index]
@@ -184,6 +205,10 @@ class Examples:
     def origin(self, index: int) -> tuple[str, int]:
         """File and row number that an example was made from."""
         return self._store.origin(int(self._index[index]))
+
+    def selection(self) -> str:
+        """Names which examples of the store these are."""
+        return hashlib.sha256(self._index.astype(np.int64).tobytes()).hexdigest()
 
 
 class Writer:
@@ -213,8 +238,12 @@ class Writer:
             _lists(block.lengths, block.input_ids),
             _lists(block.runs, block.run_lengths),
             _lists(block.runs, block.run_weights),
+            _lists(block.segments, block.ends),
+            _lists(block.segments, block.parents),
+            _lists(block.value_counts, block.values),
             _array(block.trained),
             _array(block.weights),
+            _array(block.leading),
             _array(sources[block.rows]),
             _array(file_of_row[block.rows]),
             _array(numbers[block.rows]),
@@ -384,7 +413,26 @@ def _lengths(lists: pa.ListArray) -> npt.NDArray[Any]:
     return np.diff(_numpy(lists.offsets))
 
 
-def _views(batch: pa.RecordBatch) -> tuple[npt.NDArray[Any], ...]:
-    """Zero-copy views of a record batch: id offsets, ids, run offsets, run lengths, run weights."""
-    ids, runs, weights = (batch.column(name) for name in ("input_ids", "run_lengths", "run_weights"))
-    return tuple(_numpy(part) for part in (ids.offsets, ids.values, runs.offsets, runs.values, weights.values))
+def _views(batch: pa.RecordBatch) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Zero-copy views of the lists of a record batch: offsets and values of each column."""
+    columns = (batch.column(name) for name in ("input_ids", "run_lengths", "run_weights", "ends", "parents", "values"))
+    return [(_numpy(column.offsets), _numpy(column.values)) for column in columns]
+
+
+def _slices(counts: IntArray) -> list[slice]:
+    ends = np.cumsum(counts).tolist()
+    return [slice(end - count, end) for end, count in zip(ends, counts.tolist(), strict=True)]
+
+
+def _example(
+    ids: IntArray,
+    weights: npt.NDArray[np.float32],
+    ends: IntArray,
+    parents: IntArray,
+    values: npt.NDArray[np.float32],
+    weight: float,
+) -> Example:
+    """An example from its columns. A plain one has no weight of its own."""
+    if not len(ends):
+        return Example(ids, weights)
+    return Example(ids, weights, tuple(ends.tolist()), tuple(parents.tolist()), tuple(values.tolist()), weight)

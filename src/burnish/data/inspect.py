@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -21,9 +21,11 @@ from burnish.core.errors import DataError, Where, did_you_mean
 from burnish.data.account import Account, Lengths, share
 from burnish.data.pipeline import Renderer, Task
 from burnish.data.prepare import OpenSet, open_set, pipeline_of
-from burnish.data.types import Example
+from burnish.data.tree import is_tree, segments_of, trained_counts, usable
+from burnish.data.types import BatchKind, Example
 from burnish.data.visible import plain, visible
 
+_Value = TypeVar("_Value")
 _BAR_WIDTH = 40
 _UNFINISHED = "\ufffd"  # what a tokenizer decodes the bytes of half a character to
 
@@ -51,6 +53,7 @@ class Shown:
     trained: list[int] = field(default_factory=list[int])  # 1 or 0
     tokens: list[str] = field(default_factory=list[str])  # joined, they are the decoded text
     special: list[bool] = field(default_factory=list[bool])
+    parts: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])  # name and end of each segment, where there are several
     remark: str = ""
 
     @property
@@ -61,7 +64,15 @@ class Shown:
 
     def to_json(self) -> dict[str, Any]:
         """What `burnish data --row N --json` prints."""
-        return {"ids": self.ids, "trained": self.trained, "tokens": self.tokens}
+        segments = {"segments": [{"name": name, "end": end} for name, end in self.parts]} if self.parts else {}
+        return {"ids": self.ids, "trained": self.trained, "tokens": self.tokens} | segments
+
+    def cut(self, values: Sequence[_Value]) -> Iterator[tuple[str, Sequence[_Value]]]:
+        """Name and share of `values` (one for each token) of every segment; one without a name where the example is plain."""
+        start = 0
+        for name, end in self.parts or [("", len(values))]:
+            yield name, values[start:end]
+            start = end
 
 
 def show(examples: Sequence[Example], tokenizer: Tokenizer, origin: tuple[str, int], remark: str = "") -> Shown:
@@ -70,17 +81,36 @@ def show(examples: Sequence[Example], tokenizer: Tokenizer, origin: tuple[str, i
     shown = Shown(*origin, remark=remark)
     for example in examples:
         ids = [int(token) for token in example.input_ids]
+        shown.parts.extend((name, len(shown.ids) + end) for name, end in zip(_names(example), example.ends, strict=True))
         shown.ids.extend(ids)
         shown.trained.extend(trained_flags(example))
-        shown.tokens.extend(token_texts(ids, tokenizer))
+        for start, end, _ in segments_of(example):
+            shown.tokens.extend(token_texts(ids[start:end], tokenizer))
         shown.special.extend(token in special for token in ids)
     return shown
 
 
+def _names(example: Example) -> list[str]:
+    """What the segments of a tree are."""
+    if not is_tree(example):
+        return []
+    before = ["prompt"] if trained_counts(example)[0] == 0 else []
+    following = len(example.ends) - len(before)
+    if len(example.values) == 1 and following == 2:
+        margin = f", margin {example.values[0]:g}" if example.values[0] else ""
+        return [*before, f"chosen{margin}", "rejected"]
+    if len(example.values) == 1:
+        return [*before, "good answer" if example.values[0] else "bad answer"]
+    judged = ("right" if value else "wrong" for value in example.values)
+    return [*before, *(f"step {number}, {word}" for number, word in enumerate(judged, start=1))]
+
+
 def trained_flags(example: Example) -> list[int]:
-    """1 for every token that is trained; the first never is, since nothing comes before it that could predict it."""
+    """1 for every token that is trained; the first of a root never is, since nothing comes before it that could predict it."""
     flags = (example.weights > 0).astype(int)
-    flags[:1] = 0
+    for start, _, parent in segments_of(example):
+        if parent < 0:
+            flags[start : start + 1] = 0
     return flags.tolist()
 
 
@@ -104,7 +134,15 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def row_number(
-    data: Data, renderer: Renderer, tokenizer: Tokenizer, number: int, *, seed: int, file: str | None = None, base: Path = Path()
+    data: Data,
+    renderer: Renderer,
+    tokenizer: Tokenizer,
+    number: int,
+    *,
+    seed: int,
+    kind: BatchKind = "tokens",
+    file: str | None = None,
+    base: Path = Path(),
 ) -> Shown:
     """The row that `--row` asks for, prepared as for training.
 
@@ -115,13 +153,14 @@ def row_number(
         number: With `file`, the row's number in it, as messages name it. Without, rows count from 1 through all sources in turn, whatever
             order `data.mix` gives them; where there is one file, that is the same.
         seed: Of the run, which decides samples and mixing.
+        kind: What the objective compares.
         file: Which file is meant: its path, or the last part of it.
         base: The run file's folder, for formats in files of the user's own.
 
     Raises:
         DataError: there is no such row, or it cannot be prepared.
     """
-    opened = open_set(data.train, seed=seed, base=base)
+    opened = open_set(data.train, kind, seed=seed, base=base)
     pipeline = pipeline_of(data, opened, renderer)
     task = _find(opened, number, file)
     origin, where = (task.row.file, task.row.number), task.row.where()
@@ -130,12 +169,14 @@ def row_number(
     item = pipeline.item(task)
     if item is None:
         return show([], tokenizer, origin, ", ".join([*remarks, "empty, left out"]))
-    example = renderer.render(item, where=where)
+    examples = pipeline.render(item, where=where)
     try:
-        pieces = pipeline.fit(example)
+        pieces = [pipeline.fit(example) for example in examples]
     except DataError as error:
         raise DataError(error.message, where=where, hint=error.hint) from error
-    return show(pieces, tokenizer, origin, ", ".join([*remarks, *_remarks(example, pieces)]))
+    for example, own in zip(examples, pieces, strict=True):
+        remarks += _remarks(example, own)
+    return show([piece for own in pieces for piece in own], tokenizer, origin, ", ".join(dict.fromkeys(remarks)))
 
 
 def _find(opened: OpenSet, number: int, file: str | None) -> Task:
@@ -188,7 +229,7 @@ def _remarks(example: Example, pieces: Sequence[Example]) -> list[str]:
         remarks.append(f"{length - left:,} tokens cut off")
     elif len(pieces) > 1:
         remarks.append(f"split into {len(pieces)} pieces")
-    if pieces and not any(any(trained_flags(piece)) for piece in pieces):
+    if pieces and not any(map(usable, pieces)):
         remarks.append("fully masked, left out")
     return remarks
 
@@ -211,17 +252,30 @@ def legend(*, colour: bool) -> Text:
 def coloured(shown: Shown) -> Text:
     """The row's text: trained tokens green, masked ones dim, special tokens bold, white space visible."""
     text = Text()
-    for token, trained, special in zip(visible(shown.tokens), shown.trained, shown.special, strict=True):
-        style = "green" if trained else "dim"
-        text.append(token, f"bold {style}" if special else style)
+    marks = list(zip(visible(shown.tokens), shown.trained, shown.special, strict=True))
+    for name, part in shown.cut(marks):
+        _headed(text, name)
+        for token, trained, special in part:
+            style = "green" if trained else "dim"
+            text.append(token, f"bold {style}" if special else style)
     return text
 
 
 def bracketed(shown: Shown) -> Text:
     """The same without colour, for files and pipes: each run of trained tokens stands in brackets."""
-    runs = groupby(zip(visible(shown.tokens), shown.trained, strict=True), key=lambda pair: bool(pair[1]))
-    texts = ((trained, "".join(token for token, _ in run)) for trained, run in runs)
-    return Text("".join(f"{OPEN}{text}{CLOSE}" if trained else text for trained, text in texts))
+    text = Text()
+    for name, part in shown.cut(list(zip(visible(shown.tokens), shown.trained, strict=True))):
+        _headed(text, name)
+        for trained, run in groupby(part, key=lambda pair: bool(pair[1])):
+            tokens = "".join(token for token, _ in run)
+            text.append(f"{OPEN}{tokens}{CLOSE}" if trained else tokens)
+    return text
+
+
+def _headed(text: Text, name: str) -> None:
+    """A line with the name of the segment that follows."""
+    if name:
+        text.append(f"{'' if not text or text.plain.endswith(chr(10)) else chr(10)}[{name}]\n", "bold cyan")
 
 
 def view(account: Account | None, rows: Sequence[Shown], *, colour: bool = True) -> RenderableType:
@@ -275,7 +329,8 @@ body{{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;paddin
 table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.1rem .8rem .1rem 0;text-align:left}}td.n{{text-align:right}}
 td.bar{{width:24rem}}td.bar i{{display:block;height:.8rem;background:#2da44e}}
 pre{{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.6 ui-monospace,monospace;background:#f6f8fa;padding:1rem;border-radius:6px}}
-h2{{font-size:1rem;margin-top:2rem;overflow-wrap:anywhere}}.t{{color:#116329;background:#dafbe1}}.m{{color:#6e7781}}.s{{font-weight:bold}}
+h2{{font-size:1rem;margin-top:2rem;overflow-wrap:anywhere}}h3{{font-size:.9rem;margin:1rem 0 0;color:#6e7781}}
+.t{{color:#116329;background:#dafbe1}}.m{{color:#6e7781}}.s{{font-weight:bold}}
 @media(prefers-color-scheme:dark){{body{{background:#0d1117;color:#e6edf3}}pre{{background:#161b22}}.t{{color:#7ee787;background:#12261e}}
 .m{{color:#8b949e}}}}
 </style></head><body><h1>{title}</h1>
@@ -288,8 +343,13 @@ h2{{font-size:1rem;margin-top:2rem;overflow-wrap:anywhere}}.t{{color:#116329;bac
 def page(title: str, account: Account | None, rows: Iterable[Shown]) -> str:
     """The same view as one HTML document that loads nothing and runs nothing. Tokens show their number and id under the pointer."""
     parts = [] if account is None else [_account_part(account), _histogram_part(account.lengths)]
-    parts += [f"<h2>{html.escape(plain(shown.title))}</h2>\n<pre>{''.join(_spans(shown))}</pre>" for shown in rows]
+    parts += [f"<h2>{html.escape(plain(shown.title))}</h2>\n{_row_part(shown)}" for shown in rows]
     return _PAGE.format(title=html.escape(title), body="\n".join(parts))
+
+
+def _row_part(shown: Shown) -> str:
+    segments = shown.cut(list(_spans(shown)))
+    return "\n".join(f"{f'<h3>{html.escape(name)}</h3>' if name else ''}<pre>{''.join(spans)}</pre>" for name, spans in segments)
 
 
 def _spans(shown: Shown) -> Iterator[str]:

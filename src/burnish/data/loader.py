@@ -17,7 +17,8 @@ import numpy.typing as npt
 from burnish.core.errors import CheckpointError, DataError
 from burnish.data.collate import collate
 from burnish.data.order import IntArray, permutation
-from burnish.data.packing import Bin, best_fit_decreasing, plan_micro_batches
+from burnish.data.packing import best_fit_decreasing, plan_micro_batches
+from burnish.data.tree import leading_weight, loss_weight, trained_counts, with_mismatched
 from burnish.data.types import Batch, Example
 
 Packing = Literal["auto", "off"]
@@ -38,7 +39,12 @@ class ExampleSet(Protocol):
 
     @property
     def weights(self) -> npt.NDArray[np.float64]:
-        """Sum of the weights of the trained predictions of each example [N]."""
+        """What each example counts in the loss [N]: the sum of the weights of its trained predictions, or 1 for a pair."""
+        ...
+
+    @property
+    def leading(self) -> npt.NDArray[np.float64]:
+        """Sum of the weights of the trained predictions in the first branch of each example [N]."""
         ...
 
     def __len__(self) -> int:
@@ -79,6 +85,7 @@ class Loader:
         seed: Decides the orders.
         rank: This process.
         world_size: Number of processes.
+        mismatched: Give each judged answer that of another example of the step beside it (see `tree.with_mismatched`).
 
     Raises:
         DataError: when there are no examples.
@@ -97,6 +104,7 @@ class Loader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        mismatched: bool = False,
     ) -> None:
         if (batch_size is None) == (batch_tokens is None):
             raise ValueError("give exactly one of batch_size and batch_tokens")
@@ -108,6 +116,7 @@ class Loader:
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
+        self._mismatched = mismatched
         self._micro_batch_tokens = micro_batch_tokens
         self._bin_size = max_length if batch_tokens is not None else None
         self._units_per_step = batch_size if batch_size is not None else max(1, (batch_tokens or 0) // max_length)
@@ -130,6 +139,17 @@ class Loader:
     def epoch(self) -> float:
         """Passes over the data so far, with the fraction of the present one."""
         return self._epoch + self._cursor / len(self._units)
+
+    def looked_at(self, steps: int) -> IntArray:
+        """Places of the examples that the first steps hold, in order."""
+        if steps >= self.steps_per_epoch:
+            return np.arange(len(self._examples))
+        units = self._units_of(0)[: steps * self._units_per_step]
+        return np.unique(np.concatenate([np.atleast_1d(unit) for unit in units]))
+
+    def refer(self, examples: ExampleSet) -> None:
+        """Takes the examples from here, the same ones with more beside their tokens."""
+        self._examples = examples
 
     def next(self, policy: Any = None) -> list[Batch]:
         """The micro-batches of the next step on this rank; never empty, and equally many on every rank."""
@@ -182,26 +202,67 @@ class Loader:
         return [order[bins[number]] for number in turn.tolist()]
 
     def _batches(self, members: IntArray) -> list[Batch]:
-        lengths = self._examples.lengths[members]
-        self.last_step = StepInfo(
-            examples=len(members),
-            tokens=int(lengths.sum(dtype=np.int64)),
-            trained=int(self._examples.trained[members].sum(dtype=np.int64)),
-            weight=float(self._examples.weights[members].sum()),
-        )
-        plan = plan_micro_batches(lengths, self._micro_batch_tokens, world_size=self._world_size, packing=self._packed)
-        return list(_collated(self._examples, members, plan[self._rank], self.last_step.weight))
+        step = Step(self._examples, members, mismatched=self._mismatched)
+        self.last_step = step.info
+        return list(step.batches(self._micro_batch_tokens, self._rank, self._world_size, packing=self._packed))
+
+
+class Listed:
+    """Examples in a list as an ExampleSet."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+        self.lengths = np.array([len(example.input_ids) for example in examples], np.int32)
+        self.trained = np.array([sum(trained_counts(example)) for example in examples], np.int32)
+        self.weights = np.array([loss_weight(example) for example in examples], np.float64)
+        self.leading = np.array([leading_weight(example) for example in examples], np.float64)
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self._examples)
+
+    def __getitem__(self, index: int, /) -> Example:
+        """One example."""
+        return self._examples[index]
+
+
+class Step:
+    """The examples of one optimiser step over all ranks, and how they are cut into micro-batches.
+
+    Args:
+        examples: A set of examples.
+        members: Those of the step, in order.
+        mismatched: As for `Loader`.
+    """
+
+    def __init__(self, examples: ExampleSet, members: IntArray, *, mismatched: bool = False) -> None:
+        if mismatched:
+            examples = Listed(with_mismatched([examples[member] for member in members.tolist()]))
+            members = np.arange(len(examples))
+        self._examples = examples
+        self._members = members
+        self._lengths = examples.lengths[members]
+        self._leading = float(examples.leading[members].sum())
+        tokens, trained = (int(column.sum(dtype=np.int64)) for column in (self._lengths, examples.trained[members]))
+        self.info = StepInfo(len(members), tokens, trained, float(examples.weights[members].sum()))
+
+    def batches(self, micro_batch_tokens: int, rank: int, world_size: int, *, packing: bool) -> Iterator[Batch]:
+        """The micro-batches of one rank; examples are read when they are needed."""
+        plan = plan_micro_batches(self._lengths, micro_batch_tokens, world_size=world_size, packing=packing)[rank]
+        for number, places in enumerate(plan, start=1):
+            chosen = [self._examples[int(self._members[place])] for place in places]
+            yield collate(chosen, step_weight=self.info.weight, step_tokens=self._leading, last=number == len(plan))
 
 
 def eval_batches(
-    examples: ExampleSet, micro_batch_tokens: int, rank: int = 0, world_size: int = 1, *, packing: Packing = "auto"
+    examples: ExampleSet,
+    micro_batch_tokens: int,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    packing: Packing = "auto",
+    mismatched: bool = False,
 ) -> Iterator[Batch]:
     """All held-out examples once, as the micro-batches of this rank; `step_weight` is the weight of the whole set over all ranks."""
-    plan = plan_micro_batches(examples.lengths, micro_batch_tokens, world_size=world_size, packing=packing == "auto")
-    yield from _collated(examples, np.arange(len(examples)), plan[rank], float(np.sum(examples.weights)))
-
-
-def _collated(examples: ExampleSet, members: IntArray, micro_batches: list[Bin], step_weight: float) -> Iterator[Batch]:
-    for number, places in enumerate(micro_batches, start=1):
-        chosen = [examples[int(members[place])] for place in places]
-        yield collate(chosen, step_weight=step_weight, last=number == len(micro_batches))
+    step = Step(examples, np.arange(len(examples)), mismatched=mismatched)
+    yield from step.batches(micro_batch_tokens, rank, world_size, packing=packing == "auto")

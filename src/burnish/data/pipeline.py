@@ -16,7 +16,8 @@ from burnish.core.errors import BurnishError, DataError, RowError, Where
 from burnish.data.cache import ExampleBlock, run_lengths
 from burnish.data.formats import Format
 from burnish.data.sources.row import Row
-from burnish.data.types import Completion, Conversation, Example, Item, Text
+from burnish.data.tree import cut, is_tree, leading_weight, loss_weight, paths, trained_counts, usable
+from burnish.data.types import BatchKind, Completion, Conversation, Example, Item, Judged, Pair, Stepwise, Text
 
 Overlong = Literal["truncate", "drop", "split", "error"]
 
@@ -103,6 +104,7 @@ class Pipeline:
         max_length: Longest example in tokens.
         overlong: What happens to longer ones: keep the head, leave the row out, cut into consecutive pieces, or stop.
         skip_malformed: Count malformed rows instead of stopping at the first.
+        kind: What the objective compares. For judged answers, a pair is taken apart into a good and a bad one.
     """
 
     formats: Sequence[Format]
@@ -110,6 +112,7 @@ class Pipeline:
     max_length: int
     overlong: Overlong
     skip_malformed: bool
+    kind: BatchKind = "tokens"
 
     def run(self, tasks: Sequence[Task], progress: Progress | None = None) -> Chunk:
         """Prepares the rows of a chunk.
@@ -145,20 +148,35 @@ class Pipeline:
             return b""
         return b"" if item is None else identity(item)
 
+    def render(self, item: Item, *, where: Where | None = None, notes: Counter[str] | None = None) -> list[Example]:
+        """The examples of an item, before the length limit.
+
+        Raises:
+            RowError: see `data.render.Renderer.render`, which it comes from.
+            TemplateError: likewise.
+        """
+        parts = _judged(item) if self.kind == "judged" and isinstance(item, Pair) else [item]
+        return [self.renderer.render(part, where=where, notes=notes) for part in parts]
+
     def fit(self, example: Example) -> tuple[Example, ...]:
         """The pieces of an example that go into the data: itself if it fits, else what `overlong` says.
+
+        A tree is as long as its longest path; it is cut at the end of each, and never split.
 
         Raises:
             DataError: it is too long and `overlong` is "error".
         """
-        length = len(example.input_ids)
+        length = max(paths(example))
         if length <= self.max_length:
             return (example,)
         if self.overlong == "error":
+            ways = "truncate, drop or split" if self.kind == "tokens" else "truncate or drop"
             raise DataError(
                 f"the example has {length:,} tokens, more than data.max_length = {self.max_length:,}",
-                hint="Raise data.max_length, or set data.overlong to truncate, drop or split.",
+                hint=f"Raise data.max_length, or set data.overlong to {ways}.",
             )
+        if is_tree(example):
+            return (cut(example, self.max_length, whole=self.kind == "steps"),) if self.overlong == "truncate" else ()
         starts = {"drop": [], "truncate": [0], "split": range(0, length, self.max_length)}[self.overlong]
         return tuple(
             Example(example.input_ids[start : start + self.max_length], example.weights[start : start + self.max_length])
@@ -170,10 +188,10 @@ class Pipeline:
             item = self.item(task)
             if item is None:
                 return _Prepared(Fate.EMPTY)
-            example = self.renderer.render(item, where=task.row.where(), notes=notes)
-            if not len(example.input_ids):
+            rendered = self.render(item, where=task.row.where(), notes=notes)
+            if not all(len(example.input_ids) for example in rendered):
                 return _Prepared(Fate.EMPTY)
-            return replace(self._fitted(example), identity=identity(item))
+            return replace(_together([self._fitted(example) for example in rendered]), identity=identity(item))
         except BurnishError as error:
             if self.skip_malformed and isinstance(error, RowError):
                 return _Prepared(Fate.MALFORMED, reason=error.message)
@@ -187,16 +205,16 @@ class Pipeline:
     def _fitted(self, example: Example) -> _Prepared:
         pieces = self.fit(example)
         rendered = len(example.input_ids)
-        overlong = rendered > self.max_length
+        overlong = max(paths(example)) > self.max_length
         if not pieces:
             return _Prepared(Fate.DROPPED, overlong=True, rendered=rendered)
-        trained = tuple(piece for piece in pieces if trained_tokens(piece))
+        trained = tuple(piece for piece in pieces if usable(piece))
         if trained:
             kept = sum(len(piece.input_ids) for piece in pieces)
             masked = kept - sum(len(piece.input_ids) for piece in trained)
             return _Prepared(Fate.KEPT, trained, overlong, rendered, rendered - kept, masked)
-        cut = overlong and trained_tokens(example) > 0
-        return _Prepared(Fate.MASKED_BY_TRUNCATION if cut else Fate.FULLY_MASKED, (), overlong, rendered)
+        lost = overlong and usable(example)
+        return _Prepared(Fate.MASKED_BY_TRUNCATION if lost else Fate.FULLY_MASKED, (), overlong, rendered)
 
 
 def chunks(tasks: Iterable[Task]) -> Iterator[list[Task]]:
@@ -214,8 +232,8 @@ def chunks(tasks: Iterable[Task]) -> Iterator[list[Task]]:
 
 
 def trained_tokens(example: Example) -> int:
-    """How many tokens of an example are trained; the first one never is, since nothing comes before it."""
-    return int(np.count_nonzero(example.weights[1:] > 0))
+    """How many tokens of an example are trained; the first one of a root never is, since nothing comes before it."""
+    return sum(trained_counts(example))
 
 
 def identity(item: Item) -> bytes:
@@ -225,13 +243,42 @@ def identity(item: Item) -> bytes:
 
 def is_blank(item: Item) -> bool:
     """Whether there is nothing in an item but white space."""
-    if isinstance(item, Conversation):
-        return not any(m.content.strip() or (m.reasoning or "").strip() or m.tool_calls for m in item.messages)
-    if isinstance(item, Completion):
-        return not (item.prompt.strip() or item.completion.strip())
-    if isinstance(item, Text):
-        return not item.text.strip()
-    return not item.input_ids
+    match item:
+        case Conversation():
+            return not any(m.content.strip() or (m.reasoning or "").strip() or m.tool_calls for m in item.messages)
+        case Completion():
+            return not (item.prompt.strip() or item.completion.strip())
+        case Pair():
+            return is_blank(item.chosen) and is_blank(item.rejected)
+        case Judged():
+            return is_blank(item.answer)
+        case Stepwise():
+            return not any(step.strip() for step in item.steps)
+        case Text():
+            return not item.text.strip()
+        case _:
+            return not item.input_ids
+
+
+def _judged(pair: Pair) -> list[Item]:
+    """The two answers of a pair, each by itself."""
+    return [Judged(pair.chosen, True, pair.weight), Judged(pair.rejected, False, pair.weight)]
+
+
+def _together(parts: Sequence[_Prepared]) -> _Prepared:
+    """What became of a row that makes several examples: kept where one of them is."""
+    best = min(parts, key=lambda part: part.fate)
+    if len(parts) == 1:
+        return best
+    lost = sum(part.rendered for part in parts if part.fate != best.fate)
+    return _Prepared(
+        best.fate,
+        tuple(example for part in parts for example in part.examples),
+        any(part.overlong for part in parts),
+        sum(part.rendered for part in parts),
+        sum(part.truncated for part in parts),
+        sum(part.masked_pieces for part in parts) + (lost if best.fate is Fate.KEPT else 0),
+    )
 
 
 def _placed(error: BurnishError, row: Row) -> BurnishError:
@@ -268,17 +315,24 @@ def _chunk(prepared: list[_Prepared], notes: Counter[str]) -> Chunk:
     )
 
 
-def _block(examples: list[tuple[int, Example]]) -> ExampleBlock:
-    runs = [run_lengths(example.weights) for _, example in examples]
+def _block(numbered: list[tuple[int, Example]]) -> ExampleBlock:
+    examples = [example for _, example in numbered]
+    runs = [run_lengths(example.weights) for example in examples]
     return ExampleBlock(
-        input_ids=_joined([example.input_ids for _, example in examples], np.int32),
-        lengths=np.array([len(example.input_ids) for _, example in examples], np.int32),
+        input_ids=_joined([example.input_ids for example in examples], np.int32),
+        lengths=np.array([len(example.input_ids) for example in examples], np.int32),
         run_lengths=_joined([lengths for lengths, _ in runs], np.int32),
         run_weights=_joined([values for _, values in runs], np.float32),
         runs=np.array([len(lengths) for lengths, _ in runs], np.int32),
-        trained=np.array([trained_tokens(example) for _, example in examples], np.int32),
-        weights=np.array([example.weights[1:].sum(dtype=np.float64) for _, example in examples], np.float64),
-        rows=np.array([place for place, _ in examples], np.int32),
+        trained=np.array([trained_tokens(example) for example in examples], np.int32),
+        weights=np.array([loss_weight(example) for example in examples], np.float64),
+        leading=np.array([leading_weight(example) for example in examples], np.float64),
+        ends=np.array([end for example in examples for end in example.ends], np.int32),
+        parents=np.array([parent for example in examples for parent in example.parents], np.int32),
+        segments=np.array([len(example.ends) for example in examples], np.int32),
+        values=np.array([value for example in examples for value in example.values], np.float32),
+        value_counts=np.array([len(example.values) for example in examples], np.int32),
+        rows=np.array([place for place, _ in numbered], np.int32),
     )
 
 

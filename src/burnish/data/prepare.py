@@ -35,6 +35,7 @@ from burnish.data.progress import bar, expected_rows
 from burnish.data.sources import RowSource, open_source
 from burnish.data.sources.row import Row
 from burnish.data.tally import Tally
+from burnish.data.types import BatchKind
 from burnish.data.workers import prepared
 
 _SAMPLE_ROWS = 100  # rows that the format is detected from
@@ -51,8 +52,9 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class OpenSet:
-    """Opened sources, each with its first rows and its format."""
+    """Opened sources for one kind of objective, each with its first rows and its format."""
 
+    kind: BatchKind
     settings: Sequence[Source]
     sources: Sequence[RowSource]
     samples: Sequence[Sequence[Row]]
@@ -79,12 +81,15 @@ class _Tasks:
         return (Task(self.number, row) for row in self.source.rows())
 
 
-def prepare(data: Data, renderer: Renderer, *, seed: int, progress: bool = True, base: Path = Path()) -> Prepared:
+def prepare(
+    data: Data, renderer: Renderer, *, seed: int, kind: BatchKind = "tokens", progress: bool = True, base: Path = Path()
+) -> Prepared:
     """Prepares training and held-out data as the `data` section says.
 
     Args:
         data: The section of the run file.
         renderer: Turns items into tokens.
+        kind: What the objective compares, and so which rows it can use.
         seed: Decides samples, the mixing of sources, and what is held out.
         progress: Show a bar on the console.
         base: The run file's folder, for formats in files of the user's own.
@@ -93,7 +98,7 @@ def prepare(data: Data, renderer: Renderer, *, seed: int, progress: bool = True,
         SourceError, FormatError, RowError, TemplateError: see there; nothing is left behind half-written.
         DataError: when nothing is left to train on or to hold out; the message says why.
     """
-    maker = _Maker(data, renderer, seed, progress, base)
+    maker = _Maker(data, renderer, seed, kind, progress, base)
     train = maker.load(data.train, "train")
     if data.eval is None:
         return Prepared(train.whole(), None, _finished(train.account, train.whole(), data))
@@ -111,7 +116,7 @@ def prepare(data: Data, renderer: Renderer, *, seed: int, progress: bool = True,
 
 
 def prepare_eval(
-    data: Data, renderer: Renderer, *, seed: int, progress: bool = True, base: Path = Path()
+    data: Data, renderer: Renderer, *, seed: int, kind: BatchKind = "tokens", progress: bool = True, base: Path = Path()
 ) -> tuple[Examples, Account] | None:
     """The held-out data alone, for training data that is streamed; None where the run has none.
 
@@ -125,11 +130,13 @@ def prepare_eval(
             f"data.eval = {data.eval:g} is a fraction, which cannot be held out of streamed rows",
             hint="Give data.eval a source of its own, or leave out data.streaming.",
         )
-    held = _Maker(data, renderer, seed, progress, base).load(data.eval, "eval")
+    held = _Maker(data, renderer, seed, kind, progress, base).load(data.eval, "eval")
     return held.whole(), _finished(held.account, held.whole(), data)
 
 
-def open_set(settings: Sequence[Source], *, seed: int, part: str = "train", streaming: bool = False, base: Path = Path()) -> OpenSet:
+def open_set(
+    settings: Sequence[Source], kind: BatchKind, *, seed: int, part: str = "train", streaming: bool = False, base: Path = Path()
+) -> OpenSet:
     """Opens sources and chooses their formats, and says what was chosen.
 
     Raises:
@@ -139,15 +146,27 @@ def open_set(settings: Sequence[Source], *, seed: int, part: str = "train", stre
     prefer = ("train",) if part == "train" else ("validation", "test")
     opened = [open_source(source, seed=seed, streaming=streaming, prefer=prefer) for source in settings]
     samples = [list(islice(source.rows(), _SAMPLE_ROWS)) for source in opened]
-    chosen = [formats.choose(setting, sample, base=base) for setting, sample in zip(settings, samples, strict=True)]
-    for source, kind in zip(opened, chosen, strict=True):
-        info(f"data.{part}: {source.describe()}: {kind.describe()}")
-    return OpenSet(settings, opened, samples, chosen)
+    chosen = [formats.choose(setting, sample, base=base, kind=kind) for setting, sample in zip(settings, samples, strict=True)]
+    for source, format in zip(opened, chosen, strict=True):
+        info(f"data.{part}: {source.describe()}: {format.describe()}")
+    return OpenSet(kind, settings, opened, samples, chosen)
 
 
 def pipeline_of(data: Data, opened: OpenSet, renderer: Renderer) -> Pipeline:
-    """The pipeline that the `data` section asks for."""
-    return Pipeline(opened.formats, renderer, max_length=data.max_length, overlong=data.overlong, skip_malformed=data.malformed == "skip")
+    """The pipeline that the `data` section asks for.
+
+    Raises:
+        DataError: answers that are compared would be split.
+    """
+    if opened.kind != "tokens" and data.overlong == "split":
+        raise DataError("data.overlong: split cuts answers that are to be compared whole", hint="Write truncate, drop or error.")
+    skip = data.malformed == "skip"
+    return Pipeline(opened.formats, renderer, max_length=data.max_length, overlong=data.overlong, skip_malformed=skip, kind=opened.kind)
+
+
+def cache_folder(data: Data) -> Path:
+    """Where tokenised rows are kept."""
+    return Path(data.cache).expanduser() if data.cache else Path.home() / ".cache" / "burnish" / "data"
 
 
 def hold_out(store: Store, fraction: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -245,14 +264,15 @@ class _Maker:
     data: Data
     renderer: Renderer
     seed: int
+    kind: BatchKind
     progress: bool
     base: Path
 
     def load(self, settings: Sequence[Source], part: str) -> _Loaded:
         """The tokenised rows of some sources."""
-        opened = open_set(settings, seed=self.seed, part=part, base=self.base)
+        opened = open_set(settings, self.kind, seed=self.seed, part=part, base=self.base)
         data = self.data
-        folder = Path(data.cache).expanduser() if data.cache else Path.home() / ".cache" / "burnish" / "data"
+        folder = cache_folder(data)
         cache = Cache(folder, warn)
         key = self._key(opened)
         entry = cache.open(key)
@@ -297,6 +317,7 @@ class _Maker:
         own = [source.format for source in opened.settings if is_reference(source.format)]
         parts = {
             "code": _code_version(),
+            "kind": self.kind,
             "packages": {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")},
             "sources": [source.fingerprint() for source in opened.sources],
             "settings": [source.model_dump() for source in opened.settings],

@@ -1,4 +1,4 @@
-"""The bar that is shown while rows are tokenised."""
+"""The bar that is shown while rows are prepared."""
 
 # pyarrow has no type stubs:
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
@@ -23,20 +23,24 @@ _PLAIN = (".json", ".jsonl", ".csv", ".tsv")
 
 
 class _Rate(ProgressColumn):
-    """Rows a second."""
+    """Rows, or what else is counted, a second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
 
     def render(self, task: Task) -> Text:
         """The rate, or nothing at the very beginning."""
-        return Text(f"{task.speed:,.0f} rows/s" if task.speed else "")
+        return Text(f"{task.speed:,.0f} {self._unit}/s" if task.speed else "")
 
 
-def bar(console: Console, *, shown: bool) -> Progress:
-    """Rows done, rows a second and the time left, on a terminal only."""
+def bar(console: Console, *, shown: bool, unit: str = "rows") -> Progress:
+    """Rows (or another unit) done, how many a second and the time left, on a terminal only."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        _Rate(),
+        _Rate(unit),
         TimeRemainingColumn(),
         console=console,
         transient=True,

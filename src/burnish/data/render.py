@@ -12,6 +12,9 @@ Which tokens are trained, exactly:
 - Weights stand beside ids from the start. No token is ever trained or masked because of its id, so a pad token that is also the end
   token does no harm.
 
+Of a pair, each side is rendered by itself and then hung under the prompt that both begin with (see tree.py), so every path through the tree
+has the ids of its own rendering.
+
 A prompt and its completion are tokenised as at inference: the prompt alone, then what follows. Tokenised together they could share a
 token that no prompt ends with, and the model would be taught from a place it never starts at. Where they share none, both ways agree.
 """
@@ -35,22 +38,26 @@ from burnish.core.errors import ModelError, RowError, TemplateError, Where
 from burnish.data import templates
 from burnish.data.chat_template import OUTSIDE, TOOLS, ChatTemplate
 from burnish.data.traced import Traced, spans_of
+from burnish.data.tree import chain, grow
 from burnish.data.turns import OWN_FIELDS, TurnShape, lay_out
-from burnish.data.types import Completion, Conversation, Example, Item, Message, Text, Tokens
+from burnish.data.types import Answer, Completion, Conversation, Example, Item, Judged, Message, Pair, Stepwise, Text, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_VERSION = 1
+_VERSION = 2
 """Part of the fingerprint: goes up when the same input is rendered differently."""
 
 IGNORED_LABEL = -100
+STEP_END = "\n"
+"""What follows each step of a solution; its last token is where the step is judged."""
 
 NOTES = {
     "reasoning_left_out": "messages whose reasoning the chat template leaves out",
     "messages_left_out": "messages that the chat template leaves out",
     "tools_left_out": "rows whose tools the chat template leaves out",
     "special_tokens_in_content": "rows whose text holds special tokens, which stand for themselves",
+    "equal_answers": "pairs whose two answers are the same, from which a preference cannot be learned",
 }
 """What `Renderer.render` counts into `notes`, in words."""
 
@@ -70,6 +77,7 @@ class Renderer:
         chat_template: Jinja text, a built-in name or a `.jinja` file; None takes the tokenizer's own.
         train_on: `assistant`, `last` (its last turn), `all`, or a list of roles.
         train_on_prompt: Train on the prompt of prompt-completion items too.
+        share_prompts: Compute a prompt once for all its answers.
         today: The day that templates with a date see (Llama 3.1). Default: the day the renderer is made, all through its life.
 
     Raises:
@@ -84,6 +92,7 @@ class Renderer:
         chat_template: str | None = None,
         train_on: str | Sequence[str] = "assistant",
         train_on_prompt: bool = False,
+        share_prompts: bool = True,
         today: datetime.date | None = None,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
@@ -91,6 +100,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.train_on = train_on if isinstance(train_on, str) else tuple(train_on)
         self.train_on_prompt = train_on_prompt
+        self.share_prompts = share_prompts
         self.today = today or datetime.date.today()
         self._sources = _template_sources(tokenizer, chat_template)
         self._chats: dict[str, _Chat] = {}
@@ -99,10 +109,11 @@ class Renderer:
     def of(cls, tokenizer: PreTrainedTokenizerFast, data: Data) -> Renderer:
         """The renderer that the `data` section asks for, with the tokenizer's own template."""
         today = datetime.date.fromisoformat(data.date) if data.date else None
-        return cls(tokenizer, train_on=data.train_on, train_on_prompt=data.train_on_prompt, today=today)
+        shared = data.share_prompts == "auto"
+        return cls(tokenizer, train_on=data.train_on, train_on_prompt=data.train_on_prompt, share_prompts=shared, today=today)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("tokenizer", "train_on", "train_on_prompt", "today", "_sources")
+        kept = ("tokenizer", "train_on", "train_on_prompt", "share_prompts", "today", "_sources")
         return {name: self.__dict__[name] for name in kept} | {"_chats": {}}  # compiled templates do not pickle
 
     # -- items ------------------------------------------------------------------------------------------------------------------
@@ -119,17 +130,48 @@ class Renderer:
             RowError: The row does not fit: the template refuses it, or would drop what is trained.
             TemplateError: There is no template, or it ends a turn with no token.
         """
+        notes = Counter() if notes is None else notes
         try:
-            if isinstance(item, Conversation):
-                return self._conversation(item, Counter() if notes is None else notes)
-            if isinstance(item, Completion):
-                return self._completion(item)
-            if isinstance(item, Text):
-                return self._text(item)
-            return self._tokens(item)
+            match item:
+                case Conversation() | Completion():
+                    return self._answer(item, notes)
+                case Pair():
+                    return self._pair(item, notes)
+                case Judged():
+                    return self._judged(item, notes)
+                case Stepwise():
+                    return self._steps(item)
+                case Text():
+                    return self._text(item)
+                case Tokens():
+                    return self._tokens(item)
         except (RowError, TemplateError) as error:
             error.where = error.where or where
             raise
+
+    def _answer(self, item: Answer, notes: Counter[str]) -> Example:
+        return self._conversation(item, notes) if isinstance(item, Conversation) else self._completion(item)
+
+    def _pair(self, item: Pair, notes: Counter[str]) -> Example:
+        of_side: list[Counter[str]] = [Counter(), Counter()]
+        sides = [self._answer(side, own) for side, own in zip((item.chosen, item.rejected), of_side, strict=True)]
+        notes.update(of_side[0] | of_side[1])  # what is about the prompt is said twice, and counted once
+        if np.array_equal(sides[0].input_ids, sides[1].input_ids):
+            notes["equal_answers"] += 1
+        return grow(sides, values=(item.margin,), weight=item.weight, share=self.share_prompts)
+
+    def _judged(self, item: Judged, notes: Counter[str]) -> Example:
+        made = grow([self._answer(item.answer, notes)], values=(float(item.label),), weight=item.weight)
+        if len(made.ends) == 1:
+            raise RowError("nothing stands before the answer, so there is no prompt under which it could be judged")
+        return made
+
+    def _steps(self, item: Stepwise) -> Example:
+        prompt = self._encode(item.prompt).ids
+        before, _ = self._frame(prompt)
+        steps = [self._continue(step + STEP_END) for step in item.steps]
+        trained = [False, *[True] * len(steps)]
+        return chain([np.concatenate([before, prompt]), *steps], trained=trained, values=item.labels, weight=float(len(steps)))
 
     def _conversation(self, item: Conversation, notes: Counter[str]) -> Example:
         messages = item.messages
@@ -312,6 +354,7 @@ class Renderer:
             "templates": self._sources,
             "train_on": self.train_on,
             "train_on_prompt": self.train_on_prompt,
+            "share_prompts": self.share_prompts,
             "today": str(self.today) if any("strftime_now" in source for source in self._sources.values()) else None,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

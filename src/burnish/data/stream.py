@@ -23,14 +23,12 @@ from burnish.config.sections import Data
 from burnish.core.errors import CheckpointError
 from burnish.data.account import Account
 from burnish.data.cache import ExampleBlock
-from burnish.data.collate import collate
-from burnish.data.loader import StepInfo
+from burnish.data.loader import Listed, Step, StepInfo
 from burnish.data.order import pick
-from burnish.data.packing import plan_micro_batches
-from burnish.data.pipeline import Chunk, Renderer, Task, chunks, trained_tokens
+from burnish.data.pipeline import Chunk, Renderer, Task, chunks
 from burnish.data.prepare import check_something_is_left, open_set, pipeline_of
 from burnish.data.tally import Tally
-from burnish.data.types import Batch, Example
+from burnish.data.types import Batch, BatchKind, Example
 from burnish.data.workers import cores, prepared
 
 BUFFER = 2048
@@ -69,6 +67,8 @@ class StreamLoader:
         world_size: Number of processes.
         buffer: Examples that the shuffle chooses from.
         base: The run file's folder, for formats in files of the user's own.
+        kind: What the objective compares.
+        mismatched: As for `Loader`.
     """
 
     def __init__(
@@ -84,11 +84,14 @@ class StreamLoader:
         world_size: int = 1,
         buffer: int = BUFFER,
         base: Path = Path(),
+        kind: BatchKind = "tokens",
+        mismatched: bool = False,
     ) -> None:
         if (batch_size is None) == (batch_tokens is None):
             raise ValueError("give exactly one of batch_size and batch_tokens")
         self._data = data
-        self._opened = open_set(data.train, seed=seed, streaming=True, base=base)
+        self._mismatched = mismatched
+        self._opened = open_set(data.train, kind, seed=seed, streaming=True, base=base)
         self._pipeline = pipeline_of(data, self._opened, renderer)
         self._batch_size = batch_size
         self._batch_tokens = batch_tokens
@@ -249,16 +252,10 @@ class StreamLoader:
         return step
 
     def _batches(self, examples: Sequence[Example]) -> list[Batch]:
-        weight = float(sum(example.weights[1:].sum(dtype=np.float64) for example in examples))
-        lengths = [len(example.input_ids) for example in examples]
-        self.last_step = StepInfo(len(examples), sum(lengths), sum(map(trained_tokens, examples)), weight)
-        plan = plan_micro_batches(lengths, self._micro_batch_tokens, world_size=self._world_size, packing=self._data.packing == "auto")[
-            self._rank
-        ]
-        return [
-            collate([examples[place] for place in places], step_weight=weight, last=number == len(plan))
-            for number, places in enumerate(plan, start=1)
-        ]
+        step = Step(Listed(examples), np.arange(len(examples)), mismatched=self._mismatched)
+        self.last_step = step.info
+        packing = self._data.packing == "auto"
+        return list(step.batches(self._micro_batch_tokens, self._rank, self._world_size, packing=packing))
 
 
 def _placed(block: ExampleBlock, first_turn: int) -> Iterator[_Placed]:

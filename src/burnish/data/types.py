@@ -175,6 +175,7 @@ class Batch:
     last: bool = True  # the last micro-batch of its optimiser step
     examples: int = 0  # examples in this micro-batch
     branches: tuple[int, ...] = ()  # B: trained predictions of each branch; empty: examples have none
+    branch_segments: tuple[int, ...] = ()  # B: the segment of each branch
     step_tokens: float = 0.0  # weight of the trained tokens in the first branches of all examples of the step, on all ranks
     extras: dict[str, torch.Tensor] = field(default_factory=lambda: {})  # noqa: PIE807  # typed, where dict itself would not be
 

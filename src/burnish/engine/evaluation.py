@@ -15,6 +15,7 @@ from burnish.engine import rng
 from burnish.engine.backend import Backend
 from burnish.engine.events import State
 from burnish.engine.optim import averaged_weights
+from burnish.engine.step import begin_step
 from burnish.objectives.base import Objective
 
 __all__ = ["evaluate", "judge"]
@@ -52,10 +53,9 @@ def evaluate(
     policy.eval()
     try:
         with rng.untouched(), averaged_weights(optimizer):
-            for batch in batches:
+            for batch in begin_step(batches, objective, policy, backend):
                 if cancelled():
                     return None
-                batch = batch.to(backend.device)
                 with backend.autocast():
                     loss = objective(policy, batch)
                 sums["loss"].append(loss.sum)
@@ -98,7 +98,7 @@ def _means(totals: dict[str, tuple[float, float]], seconds: float) -> dict[str, 
     loss = amount / weight if weight else math.nan
     return {
         "eval_loss": loss,
-        "eval_perplexity": _perplexity(own.get("nll", loss)),
+        **({"eval_perplexity": _perplexity(own["nll"])} if "nll" in own else {}),
         "eval_tokens": int(totals["tokens"][1]),
         "eval_seconds": round(seconds, 6),
         **{f"eval_{key}": value for key, value in own.items()},

@@ -6,6 +6,7 @@
     until the last step, or state.stop is set:
         source.next                            the micro-batches of one step
         on_step_start
+        objective.begin_step                   where the loss of an example depends on the others of its step
         for each micro-batch:
             objective, backward                gradients add up
         update                                 average over ranks, clip, check, optimiser
@@ -42,8 +43,15 @@ from burnish.engine.metrics import MetricsLog, step_line
 from burnish.engine.optim import use_final_weights
 from burnish.engine.progress import TrainingProgress
 from burnish.engine.schedule import effective, learning_rate, total_steps
-from burnish.engine.step import Stepper, StepResult
+from burnish.engine.step import Stepper, StepResult, begin_step
 from burnish.objectives.base import Objective
+
+_QUALITY = {
+    "eval_perplexity": "perplexity {eval_perplexity:.3f}",
+    "eval_reward_accuracy": "preference accuracy {eval_reward_accuracy:.1%}",
+    "eval_accuracy": "accuracy {eval_accuracy:.1%}",
+}
+"""What is said of an evaluation beside its loss: the first that there is."""
 
 __all__ = ["Job", "Outcome", "build_stepper", "due", "length_of", "train"]
 
@@ -112,8 +120,7 @@ def train(job: Job) -> Outcome:
             if batches is None:
                 break
             run.events.on_step_start(state)
-            for batch in batches:
-                batch = batch.to(job.backend.device)
+            for batch in begin_step(batches, job.objective, job.policy, job.backend):
                 with job.backend.autocast():
                     loss = job.objective(job.policy, batch)
                 stepper.accumulate(loss, batch)
@@ -244,10 +251,8 @@ class _Run:
         self.last_evaluation, self._evaluated_step = metrics, state.step
         self.log.evaluation({"step": state.step, **metrics})
         job.trackers.log(metrics, step=state.step)
-        self.progress.say(
-            f"step {state.step}  eval loss {metrics['eval_loss']:.4f}  perplexity {metrics['eval_perplexity']:.3f}  "
-            f"({metrics['eval_seconds']:.1f} s)"
-        )
+        quality = _QUALITY.get(next((key for key in _QUALITY if key in metrics), ""), "").format_map(metrics)
+        self.progress.say(f"step {state.step}  eval loss {metrics['eval_loss']:.4f}  {quality}  ({metrics['eval_seconds']:.1f} s)")
         # Untrained weights (at_start) are a point on the curve, never a result to keep.
         if state.step and judge(state, metrics["eval_loss"], job.evaluation) and job.save.best:
             state.best_saved = state.step
@@ -264,7 +269,7 @@ class _Run:
             state=state,
             stepper=self.stepper,
             source=job.source,
-            named_parameters=job.policy.trainable(),
+            named_parameters=resume.weights_of(job.policy),
             backend=job.backend,
             identity=job.identity,
         )
@@ -307,7 +312,7 @@ class _Run:
 
     def _take_best(self, folder: Path) -> None:
         found = checkpoint.load(folder)
-        resume.restore_weights(found, self.job.policy.trainable(), folder)
+        resume.restore_weights(found, resume.weights_of(self.job.policy), folder)
         self.job.optimizer.load_state_dict(found.optimizer)  # a schedule-free optimiser makes the final weights from its state
         info(f"the weights are those of step {found.step}, where the eval loss was lowest ({self.state.best_loss:.4f})")
 
@@ -333,7 +338,7 @@ def _begin(job: Job, state: State, stepper: Stepper) -> Path | None:
         state=state,
         stepper=stepper,
         source=job.source,
-        named_parameters=job.policy.trainable(),
+        named_parameters=resume.weights_of(job.policy),
         backend=job.backend,
         identity=job.identity,
     )

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from burnish.config.dump import resolved
 from burnish.config.run import RunConfig
@@ -24,7 +23,7 @@ from burnish.engine.checkpoint import Checkpoint, flatten, unflatten
 from burnish.engine.events import State
 from burnish.engine.step import Stepper
 
-__all__ = ["capture", "identity_of", "refuse_another_run", "restore", "restore_weights", "versions"]
+__all__ = ["capture", "identity_of", "refuse_another_run", "restore", "restore_weights", "versions", "weights_of"]
 
 _MAY_CHANGE = (
     "output",
@@ -62,12 +61,18 @@ def versions() -> dict[str, str]:
     }
 
 
+def weights_of(policy: Any) -> dict[str, torch.Tensor]:
+    """The weights that a checkpoint holds, by name: what is trained, and a reference that is a copy of its own."""
+    kept: Mapping[str, torch.Tensor] = getattr(policy, "kept_reference", {})
+    return {**policy.trainable(), **{f"reference/{name}": value for name, value in kept.items()}}
+
+
 def capture(
     *,
     state: State,
     stepper: Stepper,
     source: Source,
-    named_parameters: Mapping[str, nn.Parameter],
+    named_parameters: Mapping[str, torch.Tensor],
     backend: Backend,
     identity: Mapping[str, Any],
 ) -> Checkpoint:
@@ -114,7 +119,7 @@ def restore(
     state: State,
     stepper: Stepper,
     source: Source,
-    named_parameters: Mapping[str, nn.Parameter],
+    named_parameters: Mapping[str, torch.Tensor],
     backend: Backend,
     identity: Mapping[str, Any],
 ) -> None:
@@ -144,7 +149,7 @@ def restore(
     _tell_changed_versions(trainer["versions"])
 
 
-def restore_weights(found: Checkpoint, named_parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
+def restore_weights(found: Checkpoint, named_parameters: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Copies a checkpoint's weights into the parameters.
 
     Raises:

@@ -10,7 +10,7 @@ gradients, so the local share is multiplied by their number first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +25,9 @@ from burnish.engine.combined import InBackward, Witness, refuse_in_backward
 from burnish.engine.flat import FlatAdamW
 from burnish.engine.guard import GradientGuard
 from burnish.engine.optim import set_learning_rate
-from burnish.objectives.base import Loss
+from burnish.objectives.base import Loss, Objective, StepObjective
 
-__all__ = ["StepResult", "Stepper"]
+__all__ = ["StepResult", "Stepper", "begin_step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,17 @@ class StepResult:
     examples: int
     skipped: bool  # the gradient was not finite, and the weights stayed as they were
     metrics: dict[str, float] = field(default_factory=dict[str, float])  # the objective's own, as means
+
+
+def begin_step(batches: Iterable[Batch], objective: Objective, policy: Any, backend: Backend) -> Iterable[Batch]:
+    """The micro-batches of a step on the device, after an objective that wants to see all of them first has seen them."""
+    moved = (batch.to(backend.device) for batch in batches)
+    if not isinstance(objective, StepObjective):
+        return moved
+    whole = list(moved)
+    with backend.autocast():
+        objective.begin_step(policy, whole, backend.sums)
+    return whole
 
 
 class Stepper:

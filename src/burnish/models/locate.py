@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.machinery
 import re
 from collections.abc import Generator
@@ -56,6 +57,20 @@ def locate(path: str) -> Location:
     if path.endswith(".gguf") or path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
         raise ModelError(f"no model at '{path}': expected a folder, a .gguf file, a hub id like 'org/name', or 'package:NAME'")
     return Location("hub", path)
+
+
+def fingerprint(path: str, revision: str | None) -> str:
+    """A hash that changes when the weights at `path` do: of names, sizes and times of files, or of a hub model's commit."""
+    place = Path(path).expanduser()
+    if path.startswith("package:") or place.exists():
+        place = place if place.exists() else Path(locate(path).path)
+        files = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
+        content = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    else:
+        cached = try_to_load_from_cache(path, "config.json", revision=revision)
+        # .../snapshots/<commit>/config.json
+        content = [path, Path(cached).parent.name if isinstance(cached, str) else str(revision)]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def require_hub(name: str, revision: str | None) -> None:

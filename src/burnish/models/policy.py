@@ -73,6 +73,7 @@ class Policy:
             Policy(reference, tokenizer, attention=attention, kernels=kernels, verify=verify) if reference is not None else None
         )
         self._refer = False
+        self._kept: dict[str, torch.Tensor] = {}
         self._noise = _EmbeddingNoise()
         self._casts = Casts()
         self._offloaded: Collection[int] | None = None
@@ -112,12 +113,12 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Generator[None]:
-        """Inside, the policy answers as the reference model: no gradients, no dropout, the adapter off (or the frozen copy).
+        """Inside, the policy answers as the reference model: no gradients, no dropout, the adapter off (or a copy in its place).
 
         Raises:
-            ModelError: There is neither an adapter nor a frozen copy.
+            ModelError: There is neither an adapter nor a copy.
         """
-        if self._reference is None and not is_adapted(self.model):
+        if self._reference is None and not self._kept and not is_adapted(self.model):
             raise ModelError("a reference model is needed, expected an adapter to switch off or a frozen copy of the model")
         training = self.model.training
         self.eval()
@@ -126,12 +127,41 @@ class Policy:
             with torch.no_grad():
                 if self._reference is not None:
                     yield
+                elif self._kept:
+                    with self._exchanged():
+                        yield
                 else:
                     with disabled(self.model):
                         yield
         finally:
             self._refer = False
             self.model.train(training)
+
+    def keep_reference(self) -> None:
+        """From now on the reference is what the trained weights are at this moment: a copy of them is kept."""
+        self._kept = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
+
+    def move_reference(self, mix: float) -> None:
+        """Moves the kept reference towards the policy: `mix policy + (1 - mix) reference` (TR-DPO, 2404.09656, equations 3 and 4)."""
+        for name, parameter in self.trainable().items():
+            self._kept[name].lerp_(parameter.detach(), mix)
+
+    @property
+    def kept_reference(self) -> dict[str, torch.Tensor]:
+        """The copy that `keep_reference` made, by parameter name; empty where there is none."""
+        return self._kept
+
+    @contextmanager
+    def _exchanged(self) -> Generator[None]:
+        """Inside, the trained weights have the kept values. Pointers are exchanged, nothing is copied."""
+        trained = {name: parameter.data for name, parameter in self.trainable().items()}
+        try:
+            for name, parameter in self.trainable().items():
+                parameter.data = self._kept[name]
+            yield
+        finally:
+            for name, parameter in self.trainable().items():
+                parameter.data = trained[name]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every parameter that is trained, by its name in `model`. Tied parameters appear once."""

@@ -17,6 +17,7 @@ class Listed:
         self.lengths = np.array([len(e.input_ids) for e in examples], np.int32)
         self.trained = np.array([int((e.weights[1:] > 0).sum()) for e in examples], np.int32)
         self.weights = np.array([float(e.weights[1:].sum(dtype=np.float64)) for e in examples], np.float64)
+        self.leading = np.zeros(len(examples))
 
     def __len__(self) -> int:
         return len(self._examples)

@@ -11,7 +11,8 @@ import pytest
 from burnish.core.errors import DataError
 from burnish.data import cache as module
 from burnish.data.cache import Cache, EntryWriter, ExampleBlock, Examples, run_lengths
-from burnish.data.pipeline import Chunk
+from burnish.data.pipeline import Chunk, _block
+from burnish.data.tree import grow
 from burnish.data.types import Example
 
 from .listed import numbered
@@ -189,3 +190,43 @@ def test_examples_have_what_the_loader_needs(cache: Cache) -> None:
     assert isinstance(Examples(entry.store)[0], Example)
     assert {name for name in ("lengths", "trained", "weights") if not hasattr(Examples(entry.store), name)} == set()
     assert hasattr(numbered(1), "weights")
+
+
+def trees() -> list[Example]:
+    prompt, answers = [1, 2, 3], ([4, 5], [6, 7, 8])
+    sides = [Example(np.array(prompt + answer, np.int32), np.array([0.0] * 3 + [1.0] * len(answer), np.float32)) for answer in answers]
+    plain = Example(np.array([9, 9, 9], np.int32), np.array([0, 0.5, 1], np.float32))
+    return [grow(sides, values=(0.25,), weight=2.0), plain, grow(sides[1:], values=(1.0,), weight=1.0)]
+
+
+def same(one: Example, other: Example) -> None:
+    assert one.input_ids.tolist() == other.input_ids.tolist()
+    assert one.weights.tolist() == other.weights.tolist()
+    assert (one.ends, one.parents, one.values, one.weight) == (other.ends, other.parents, other.values, other.weight)
+
+
+def test_trees_come_back_as_they_were(cache: Cache) -> None:
+    block = _block(list(enumerate(trees())))
+    for made, expected in zip(block.examples(), trees(), strict=True):
+        same(made, expected)
+    for made, expected in zip(block.select(np.array([False, True, True])).examples(), trees()[1:], strict=True):
+        same(made, expected)
+    with cache.lock("key", on_wait=lambda: None), cache.write("key") as writer:
+        for turn in range(2):
+            writer.add(
+                block,
+                files=["rows.jsonl"] * 3,
+                numbers=np.arange(1, 4),
+                sources=np.zeros(3, np.int32),
+                turns=np.arange(3 * turn, 3 * turn + 3),
+                identities=np.arange(3).astype(np.uint64),
+            )
+        writer.finish(ACCOUNT)
+    entry = cache.open("key")
+    assert entry is not None
+    examples = Examples(entry.store)
+    for made, expected in zip(examples, trees() * 2, strict=True):
+        same(made, expected)
+    assert examples.weights.tolist() == [2.0, 1.5, 1.0] * 2
+    assert examples.leading.tolist() == [2.0, 1.5, 3.0] * 2
+    assert examples.trained.tolist() == [5, 2, 3] * 2

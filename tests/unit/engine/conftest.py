@@ -75,6 +75,7 @@ class TinyExamples:
         self.lengths = np.array([len(e.input_ids) for e in self._examples], dtype=np.int32)
         self.trained = np.array([int((e.weights[1:] > 0).sum()) for e in self._examples], dtype=np.int32)
         self.weights = np.array([float(e.weights[1:].sum(dtype=np.float64)) for e in self._examples])
+        self.leading = self.weights
 
     def __len__(self) -> int:
         return len(self._examples)

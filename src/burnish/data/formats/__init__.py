@@ -164,13 +164,14 @@ class OwnFormat:
         return self._function
 
 
-def choose(source: Source, sample: Sequence[Row], *, base: Path = Path()) -> Format:
+def choose(source: Source, sample: Sequence[Row], *, base: Path = Path(), kind: str = "tokens") -> Format:
     """The format of a source: the one that the run file names, else the only one that fits the rows.
 
     Args:
         source: The source of the run file.
         sample: Its first rows.
         base: The run file's folder, where `./my_format.py:convert` is looked for after the working directory.
+        kind: What the objective compares.
 
     Raises:
         FormatError: no format fits, or several do; the message says what to write. Or the named one does not fit.

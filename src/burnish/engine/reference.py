@@ -1,0 +1,225 @@
+"""Where the reference model's log-probabilities come from.
+
+    adapter_off    the policy without its adapter, in the same batch: no memory, one forward pass for each look at an example
+    precomputed    each example looked at once before the first step, by the weights that the run starts from, and kept on disk: no
+                   second model, one forward pass for each example however often it is trained on
+    copy           the values that the trained weights started from, put in their place for the reference's pass: for streams and for
+                   references that follow the policy
+
+All three give the same numbers. `choose` takes the one that costs least.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from burnish.config.objectives import ReferenceKind
+from burnish.core.errors import DataError
+from burnish.core.log import console, info, warn
+from burnish.data.cache import Examples
+from burnish.data.collate import collate
+from burnish.data.packing import plan_micro_batches
+from burnish.data.progress import bar
+from burnish.data.types import Example
+from burnish.engine.backend import Backend
+from burnish.engine.events import Callback, State
+from burnish.engine.step import StepResult
+from burnish.models.policy import Policy
+
+__all__ = ["Moves", "Referenced", "choose", "note", "precompute"]
+
+Floats = npt.NDArray[np.float32]
+_SAVED_EVERY = 200  # micro-batches: what a crash can cost
+
+
+def choose(asked: ReferenceKind, *, adapter_off: bool, streaming: bool, moves: bool, looks: float) -> tuple[ReferenceKind, str]:
+    """The kind of reference that costs least among those that are exact, and why.
+
+    Args:
+        asked: What the run file says.
+        adapter_off: Whether the policy without its adapter is the model that the run starts from.
+        streaming: The examples are not known before the run.
+        moves: The reference follows the policy.
+        looks: How often each example is looked at in the run, training and evaluation together, on the average.
+    """
+    if asked != "auto":
+        return asked, "as the run file says"
+    if moves:
+        return "copy", "it follows the policy"
+    if streaming:
+        return ("adapter_off", "the rows are streamed") if adapter_off else ("copy", "the rows are streamed")
+    if not adapter_off:
+        return "precomputed", "no second model in memory"
+    if looks > 1.05:
+        return "precomputed", f"each example is looked at {looks:.3g} times"
+    return "adapter_off", "each example is looked at once"
+
+
+class Referenced:
+    """Examples with the reference's log-probabilities beside their tokens (an ExampleSet, see `data.loader`).
+
+    Args:
+        examples: The examples.
+        logprobs: float32 [K] of all trained predictions, in the order of the examples.
+    """
+
+    def __init__(self, examples: Examples, logprobs: Floats) -> None:
+        self._examples = examples
+        self._logprobs = logprobs
+        self._ends = np.cumsum(examples.trained, dtype=np.int64)
+        self.lengths, self.trained, self.weights, self.leading = examples.lengths, examples.trained, examples.weights, examples.leading
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self._examples)
+
+    def __getitem__(self, index: int, /) -> Example:
+        """One example."""
+        end = int(self._ends[index])
+        return replace(self._examples[index], reference=self._logprobs[end - int(self.trained[index]) : end])
+
+
+def precompute(
+    policy: Policy,
+    examples: Examples,
+    needed: npt.NDArray[np.int64],
+    *,
+    identity: Any,
+    folder: Path,
+    backend: Backend,
+    micro_batch_tokens: int,
+    packing: bool = True,
+    what: str = "data.train",
+) -> Referenced:
+    """Computes the reference's log-probabilities of some examples, or takes them from the disk.
+
+    What has been computed is kept from time to time and at the end, so an interrupted run goes on where it stopped, and a longer one
+    computes only what is new.
+
+    Args:
+        policy: With the weights that the run starts from.
+        examples: The whole set.
+        needed: Places of the examples that the run will look at.
+        identity: All that decides the numbers besides the examples: model, adapter, precision (JSON-able).
+        folder: Of the cache.
+        backend: Devices and precision.
+        micro_batch_tokens: Most tokens computed at once.
+        packing: False computes examples one by one.
+        what: For the bar.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    content = {"identity": identity, "examples": examples.fingerprint, "selection": examples.selection()}
+    key = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    store = _Store(folder / f"{key}.reference.npy", int(examples.trained.sum(dtype=np.int64)), writes=backend.is_main)
+    ends = np.cumsum(examples.trained, dtype=np.int64)
+    first = np.maximum(ends - examples.trained, 0)
+    missing = needed[np.isnan(store.values[np.minimum(first[needed], max(len(store.values) - 1, 0))])] if len(store.values) else needed[:0]
+    if not len(missing):
+        info(f"reference: the log-probabilities of {what} are reused from {store.path}")
+        return Referenced(examples, store.values)
+    plan = plan_micro_batches(examples.lengths[missing], micro_batch_tokens, world_size=backend.world_size, packing=packing)
+    with bar(console, shown=backend.is_main, unit="examples") as display:
+        task = display.add_task(f"reference log-probabilities of {what}", total=len(missing))
+        for rounds, micro_batches in enumerate(zip(*plan, strict=True), start=1):
+            places = missing[micro_batches[backend.rank]]
+            found = _logprobs(policy, [examples[int(place)] for place in places], backend)
+            for share in backend.gather((places, found)):
+                _enter(store.values, first, ends, *share)
+            display.update(task, advance=sum(map(len, micro_batches)))
+            if rounds % _SAVED_EVERY == 0:
+                store.save()
+    store.save()
+    backend.barrier()
+    return Referenced(examples, store.values)
+
+
+def _logprobs(policy: Policy, examples: Sequence[Example], backend: Backend) -> Floats:
+    """Log-probabilities [K] of the targets, by the policy as it is, without dropout."""
+    if not examples:
+        return np.zeros(0, np.float32)
+    batch = collate(examples, step_weight=1.0).to(backend.device)
+    training = policy.model.training
+    policy.eval()
+    try:
+        with torch.no_grad(), backend.autocast():
+            return policy.token_stats(batch).logprobs.float().cpu().numpy()
+    finally:
+        policy.train(training)
+
+
+def _enter(values: Floats, first: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], places: npt.NDArray[np.int64], found: Floats) -> None:
+    done = 0
+    for place in places.tolist():
+        start, end = int(first[place]), int(ends[place])
+        values[start:end] = found[done : done + end - start]
+        done += end - start
+
+
+class _Store:
+    """A file of log-probabilities; NaN where there is none yet."""
+
+    def __init__(self, path: Path, size: int, *, writes: bool) -> None:
+        self.path = path
+        self._writes = writes
+        self.values = np.full(size, np.nan, np.float32)
+        try:
+            kept = np.load(path, allow_pickle=False) if path.is_file() else None
+        except (OSError, ValueError, EOFError) as error:
+            kept = None
+            warn(f"the reference's log-probabilities in {path} are damaged ({error}) and are computed again")
+        if kept is not None and kept.shape == self.values.shape and kept.dtype == np.float32:
+            self.values = kept
+
+    def save(self) -> None:
+        """Writes the file whole; what another run has added meanwhile is kept."""
+        if not self._writes:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(f"{self.path}.lock"):
+                temporary = self.path.with_suffix(f".tmp-{os.getpid()}")
+                with temporary.open("wb") as file:
+                    np.save(file, self.values, allow_pickle=False)
+                temporary.replace(self.path)
+        except OSError as error:
+            raise DataError(
+                f"the reference's log-probabilities cannot be written to {self.path}: {error.strerror or error}",
+                hint="Set data.cache to another folder, or objective.reference: adapter_off.",
+            ) from error
+
+
+class Moves(Callback):
+    """Moves the reference towards the policy after the steps for which `due` is true (TR-DPO)."""
+
+    def __init__(self, policy: Policy, mix: float, due: Callable[[int], bool]) -> None:
+        self._policy = policy
+        self._mix = mix
+        self._due = due
+
+    def on_step_end(self, state: State, result: StepResult) -> None:
+        """Called after each update, before a checkpoint of it is saved."""
+        if self._due(state.step):
+            self._policy.move_reference(self._mix)
+
+
+def note(kind: ReferenceKind, why: str, say: Callable[[str], None] = info) -> None:
+    """Says what was chosen."""
+    words = {
+        "adapter_off": "the model without its adapter, in the same batches",
+        "precomputed": "log-probabilities computed once, kept on disk",
+        "copy": "a copy of the trained weights as they were at the start",
+    }
+    say(f"reference: {words.get(kind, kind)} ({why})")
