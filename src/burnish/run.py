@@ -25,14 +25,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from burnish.config.dump import dump_run, resolved
 from burnish.config.load import load_run, parse_run
-from burnish.config.objectives import KTO, Plugin, ReferenceKind, batch_kind
+from burnish.config.objectives import KTO, Plugin, batch_kind
 from burnish.config.run import RunConfig
 from burnish.config.sections import Adapter, Model
 from burnish.core import plugins
@@ -41,7 +40,7 @@ from burnish.core.log import busy, info
 from burnish.data.account import Account
 from burnish.data.cache import Examples
 from burnish.data.loader import ExampleSet, Loader, eval_batches
-from burnish.data.prepare import Prepared, cache_folder, prepare, prepare_eval
+from burnish.data.prepare import Prepared, prepare, prepare_eval
 from burnish.data.render import Renderer
 from burnish.data.stream import StreamLoader
 from burnish.data.types import Batch, BatchKind
@@ -55,7 +54,7 @@ from burnish.engine.step import Stepper, StepResult, begin_step
 from burnish.models.activations import free_memory
 from burnish.models.adapters import attach
 from burnish.models.load import load_model
-from burnish.models.locate import fingerprint, locate
+from burnish.models.locate import locate
 from burnish.models.policy import Policy
 from burnish.models.save import save_model
 from burnish.models.tokenizer import add_tokens, load_tokenizer
@@ -227,8 +226,9 @@ class Run:
     @cached_property
     def job(self) -> loop.Job:
         """All of it, as the training loop takes it."""
-        source, policy = self.loader, self.policy
-        held_out = self._refer(policy)
+        source, policy, held_out = self.loader, self.policy, self.held_out
+        if self.objective.needs_reference:
+            held_out = self._reference(policy)
         if self.config.train.optimizer.in_backward and isinstance(source, Loader):
             preflight.refuse_cut_steps(source.tokens_per_step / self.backend.world_size, self.micro_batch_tokens)
         cut = (self.micro_batch_tokens, self.backend.rank, self.backend.world_size)
@@ -245,66 +245,17 @@ class Run:
             evaluation=self.config.evaluation,
             save=self.config.save,
             eval_batches=passes,
-            callbacks=[*self.callbacks, *self._reference_moves(policy)],
+            callbacks=[*self.callbacks, *reference.moves(policy, self.config, source)],
             identity=self._identity,
             resume=self.config.resume == "auto",
         )
 
-    def _refer(self, policy: Policy) -> ExampleSet | None:
-        """Gets the reference's log-probabilities ready, in the way that costs least; returns the held-out examples, with theirs."""
-        held_out, config = self.held_out, self.config
-        if not self.objective.needs_reference:
-            return held_out
-        asked: ReferenceKind = getattr(config.objective, "reference", "auto")
-        fresh = config.adapter is not None and config.adapter.path is None
-        moves = getattr(config.objective, "sync", None) is not None
-        kind, why = reference.choose(asked, adapter_off=fresh, streaming=config.data.streaming, moves=moves, looks=self._looks)
-        reference.note(kind, why)
-        if kind == "copy":
-            policy.keep_reference()
-        if kind != "precomputed" or not isinstance(self.loader, Loader):
-            return held_out
-        whole = {
-            "identity": self._reference_identity,
-            "folder": cache_folder(config.data),
-            "backend": self.backend,
-            "micro_batch_tokens": self.micro_batch_tokens,
-            "packing": config.data.packing == "auto",
-        }
-        train = self.data.train
-        self.loader.refer(reference.precompute(policy, train, self.loader.looked_at(self.total_steps), **whole))
-        if held_out is None or self.config.evaluation.every is None:
-            return held_out
-        return reference.precompute(policy, held_out, np.arange(len(held_out)), what="data.eval", **whole)
-
-    @property
-    def _looks(self) -> float:
-        """How often each example that the run uses is looked at, on the average."""
-        if not isinstance(self.loader, Loader):
-            return 1.0
-        held_out, every, steps = self.held_out, self.config.evaluation.every, self.total_steps
-        size = {"steps_per_epoch": self.loader.steps_per_epoch, "tokens_per_step": self.loader.tokens_per_step}
-        evaluated = 0 if held_out is None or every is None else len(held_out)
-        times = max(1, steps // every.steps(**size)) if every is not None else 0
-        trained = steps / self.loader.steps_per_epoch * len(self.data.train)
-        return (trained + times * evaluated) / (len(self.loader.looked_at(steps)) + evaluated)
-
-    @property
-    def _reference_identity(self) -> dict[str, Any]:
-        """What decides the reference's log-probabilities besides the examples."""
-        model, adapter = self.config.model, self.config.adapter
-        return {
-            "model": [fingerprint(model.path, model.revision), model.model_dump(include={"dtype", "quantize", "new_tokens"})],
-            "adapter": fingerprint(adapter.path, None) if adapter is not None and adapter.path is not None else None,
-            "precision": str(self.backend.compute_dtype),
-        }
-
-    def _reference_moves(self, policy: Policy) -> list[Callback]:
-        sync = getattr(self.config.objective, "sync", None)
-        if sync is None:
-            return []
-        size = {"steps_per_epoch": getattr(self.loader, "steps_per_epoch", None), "tokens_per_step": self.loader.tokens_per_step}
-        return [reference.Moves(policy, sync.mix, lambda step: loop.due(sync.every, step, **size, key="objective.sync.every"))]
+    def _reference(self, policy: Policy) -> ExampleSet | None:
+        """Gets the reference's log-probabilities ready; returns the held-out examples, with theirs where they are computed already."""
+        train = None if self.config.data.streaming else self.data.train
+        return reference.prepare(
+            policy, self.config, self.loader, train, self.held_out, self.total_steps, self.backend, self.micro_batch_tokens
+        )
 
     @cached_property
     def stepper(self) -> Stepper:

@@ -24,6 +24,8 @@ class Objective(Strict):
 
     batch: ClassVar[BatchKind] = "tokens"
     """What it compares, see `data.types.BatchKind`."""
+    learning_rate: ClassVar[float] = 2e-4
+    """The default of `train.learning_rate`."""
 
 
 class SFT(Objective):
@@ -71,6 +73,7 @@ class DPO(Objective):
     """Direct preference optimisation (2305.18290) and its relatives: make the chosen answer likelier than the rejected one."""
 
     batch: ClassVar[BatchKind] = "pairs"
+    learning_rate: ClassVar[float] = 5e-6
     kind: Literal["dpo"] = "dpo"
     """The objective's name."""
     beta: float = Field(default=0.1, gt=0)
@@ -101,6 +104,7 @@ class SimPO(Objective):
     """SimPO (2405.14734): the mean log-probability is the reward, with a margin and without a reference; with `alpha`, AlphaPO."""
 
     batch: ClassVar[BatchKind] = "pairs"
+    learning_rate: ClassVar[float] = 5e-6
     kind: Literal["simpo"] = "simpo"
     """The objective's name."""
     beta: float = Field(default=2.0, gt=0)
@@ -119,6 +123,7 @@ class CPO(Objective):
     """Contrastive preference optimisation (2401.08417): DPO with a uniform reference, and cross-entropy on the chosen answers."""
 
     batch: ClassVar[BatchKind] = "pairs"
+    learning_rate: ClassVar[float] = 5e-6
     kind: Literal["cpo"] = "cpo"
     """The objective's name."""
     beta: float = Field(default=0.1, gt=0)
@@ -135,6 +140,7 @@ class ORPO(Objective):
     """ORPO (2403.07691): cross-entropy on the chosen answers plus the odds ratio of the two. No reference."""
 
     batch: ClassVar[BatchKind] = "pairs"
+    learning_rate: ClassVar[float] = 1e-5
     kind: Literal["orpo"] = "orpo"
     """The objective's name."""
     beta: float = Field(default=0.1, ge=0)
@@ -145,6 +151,7 @@ class KTO(Objective):
     """KTO (2402.01306): learn from answers that are judged good or bad, each by itself; pairs are taken apart."""
 
     batch: ClassVar[BatchKind] = "judged"
+    learning_rate: ClassVar[float] = 5e-6
     kind: Literal["kto"] = "kto"
     """The objective's name."""
     beta: float = Field(default=0.1, gt=0)
@@ -163,6 +170,7 @@ class Reward(Objective):
     """A reward model: a score for each answer, so that the chosen one has the higher (Bradley-Terry, 2203.02155 equation 1)."""
 
     batch: ClassVar[BatchKind] = "pairs"
+    learning_rate: ClassVar[float] = 1e-4
     kind: Literal["reward"] = "reward"
     """The objective's name."""
     centering: float = Field(default=0.0, ge=0)
@@ -175,6 +183,7 @@ class ProcessReward(Objective):
     """A process reward model: whether each step of a solution is right (2305.20050), judged at the step's last token."""
 
     batch: ClassVar[BatchKind] = "steps"
+    learning_rate: ClassVar[float] = 1e-4
     kind: Literal["process_reward"] = "process_reward"
     """The objective's name."""
 

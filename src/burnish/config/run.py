@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 
 from burnish.config.base import Location, LongForm, Strict
-from burnish.config.objectives import SFT, AnyObjective
+from burnish.config.objectives import BUILT_IN, CPO, DPO, SFT, AnyObjective, Distill, Plugin
 from burnish.config.sections import Adapter, Data, Evaluation, Model, Optimizer, Parallel, Save, Schedule, Source, Train
 
 Tracker = Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"]
@@ -43,6 +43,20 @@ class RunConfig(Strict):
     """The run folder."""
     resume: Literal["auto", "never"] = "auto"
     """Go on from the newest checkpoint in `output` where there is one, or refuse to touch a folder that holds a run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_the_objective(cls, values: Any) -> Any:
+        """Fills in the learning rate that suits the objective, where the run gives none."""
+        if not isinstance(values, dict):
+            return values
+        given = cast("dict[str, Any]", values)
+        objective, train = given.get("objective"), given.get("train", {})
+        kind: Any = cast("dict[str, Any]", objective).get("kind") if isinstance(objective, dict) else objective
+        rate = BUILT_IN[kind].learning_rate if isinstance(kind, str) and kind in BUILT_IN else None
+        if rate is None or not isinstance(train, dict) or "learning_rate" in train:
+            return given
+        return given | {"train": {**cast("dict[str, Any]", train), "learning_rate": rate}}
 
     _written: dict[str, tuple[str, str]] = PrivateAttr(default_factory=dict[str, tuple[str, str]])
     # Dotted key -> (text with `${NAME}` as written, value): so that no value of the environment reaches a saved file.
@@ -256,6 +270,110 @@ def output_is_its_own(run: RunConfig) -> str | None:
     return f"output is also {inputs[run.output]}; a run needs a folder of its own" if run.output in inputs else None
 
 
+@_check("data.overlong", "objective")
+def answers_stay_whole(run: RunConfig) -> str | None:
+    """Half an answer is not what was judged."""
+    if _batch(run) == "tokens" or run.data.overlong != "split":
+        return None
+    return f"data.overlong: split cuts answers that {run.objective.kind} compares whole; write truncate, drop or error"
+
+
+@_check("data.train_on", "data.train_on_prompt", "objective")
+def prompts_are_not_compared(run: RunConfig) -> str | None:
+    """The prompt is what both answers have in common."""
+    asked = "train_on: all" if run.data.train_on == "all" else "train_on_prompt: true" if run.data.train_on_prompt else None
+    return f"{run.objective.kind} compares answers, so data.{asked} means nothing to it" if asked and _batch(run) != "tokens" else None
+
+
+@_check("objective.reference", "adapter", "data.streaming", "objective")
+def reference_can_be_had(run: RunConfig) -> str | None:
+    """Each kind of reference needs something."""
+    kind, sync = getattr(run.objective, "reference", "auto"), getattr(run.objective, "sync", None)
+    if kind == "adapter_off" and run.adapter is None:
+        return "objective.reference: adapter_off needs an adapter; write precomputed or copy"
+    if kind == "adapter_off" and run.adapter is not None and run.adapter.path is not None:
+        return "objective.reference: adapter_off would be the model without adapter.path, which the run starts from; leave it out"
+    if kind == "precomputed" and run.data.streaming:
+        return "objective.reference: precomputed looks at every row before the run, which data.streaming does not let it"
+    if sync is not None and kind in ("adapter_off", "precomputed"):
+        return f"objective.sync moves the reference, which objective.reference: {kind} cannot follow; write copy, or leave it out"
+    return None
+
+
+@_check("objective.sync.mix", "adapter", "objective.sync", "objective")
+def matrices_do_not_mix(run: RunConfig) -> str | None:
+    """A mix of two adapters' matrices is not the adapter of the mixed weights."""
+    sync = getattr(run.objective, "sync", None)
+    if sync is None or sync.mix == 1 or run.adapter is None:
+        return None
+    return "objective.sync.mix below 1 mixes weights, which an adapter's two matrices do not do; write mix: 1, or leave the adapter out"
+
+
+@_check("objective.sync.every", "data.streaming", "objective.sync", "objective")
+def stream_counts_no_epochs(run: RunConfig) -> str | None:
+    """Nobody knows how long an epoch of a stream is."""
+    sync = getattr(run.objective, "sync", None)
+    if sync is None or sync.every.unit != "ep" or not run.data.streaming:
+        return None
+    return f"objective.sync.every: {sync.every} counts epochs, whose length data.streaming does not know; write it in st or tok"
+
+
+@_check("objective.loss_weights", "objective.loss", "objective")
+def every_loss_has_a_weight(run: RunConfig) -> str | None:
+    """One weight for each loss."""
+    if not isinstance(run.objective, DPO) or run.objective.loss_weights is None:
+        return None
+    losses, weights = len(run.objective.loss), len(run.objective.loss_weights)
+    return None if losses == weights else f"objective.loss_weights has {weights} numbers for {losses} losses; give one for each"
+
+
+@_check("objective.label_smoothing", "objective.loss", "objective")
+def exo_needs_smoothing(run: RunConfig) -> str | None:
+    """EXO compares with a distribution that is not one-sided."""
+    if not isinstance(run.objective, DPO) or "exo_pair" not in run.objective.loss or run.objective.label_smoothing:
+        return None
+    return "the loss exo_pair needs objective.label_smoothing above 0, e.g. 0.001"
+
+
+@_check("objective.wpo", "objective.loss", "objective")
+def sorted_pairs_have_no_weight(run: RunConfig) -> str | None:
+    """AOT pairs each answer with one of another row, so no pair's weight belongs to its loss."""
+    aot = isinstance(run.objective, DPO) and run.objective.wpo and {"aot", "aot_unpaired"} & set(run.objective.loss)
+    return "objective.wpo weighs pairs, which the aot losses take apart; leave one of them out" if aot else None
+
+
+@_check("objective", "objective.label_smoothing", "objective.divergence", "objective.alpha", "objective.discopop_tau", "objective.mix")
+def objective_uses_its_keys(run: RunConfig) -> str | None:
+    """No key of the objective is ignored in silence."""
+    objective = run.objective
+    match objective:
+        case DPO():
+            used = {key for key, losses in _USED_BY.items() if losses & set(objective.loss)}
+            used |= {"alpha"} if objective.divergence == "alpha" else set()
+            ignored = [key for key in _changed(objective, *_USED_BY, "alpha") if key not in used]
+            name = f"the losses {_and(list(objective.loss))}" if len(objective.loss) > 1 else f"the loss {objective.loss[0]}"
+        case CPO():
+            ignored, name = _changed(objective, "label_smoothing") if objective.loss != "sigmoid" else [], f"the loss {objective.loss}"
+        case Distill():
+            ignored, name = _changed(objective, "mix") if objective.divergence != "js" else [], f"the divergence {objective.divergence}"
+        case _:
+            return None
+    return f"{name} of {objective.kind} has no {_and(ignored)}; leave {_them(ignored)} out" if ignored else None
+
+
+_USED_BY: dict[str, set[str]] = {
+    "label_smoothing": {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"},
+    "divergence": {"sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop"},
+    "discopop_tau": {"discopop"},
+}
+"""Keys of `dpo` and the losses that use them."""
+
+
+def _batch(run: RunConfig) -> str:
+    """What the objective compares; one of the user's own says so only when it is loaded."""
+    return "tokens" if isinstance(run.objective, Plugin) else run.objective.batch
+
+
 CHECKS = (
     one_length,
     one_batch_size,
@@ -278,6 +396,15 @@ CHECKS = (
     schedule_free_has_no_curve,
     rates_say_something,
     output_is_its_own,
+    answers_stay_whole,
+    prompts_are_not_compared,
+    reference_can_be_had,
+    matrices_do_not_mix,
+    stream_counts_no_epochs,
+    every_loss_has_a_weight,
+    exo_needs_smoothing,
+    sorted_pairs_have_no_weight,
+    objective_uses_its_keys,
 )
 """All checks, in the order in which they are reported."""
 

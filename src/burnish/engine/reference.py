@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,46 +24,115 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from burnish.config.objectives import ReferenceKind
+from burnish.config.objectives import ReferenceKind, Sync
+from burnish.config.run import RunConfig
 from burnish.core.errors import DataError
 from burnish.core.log import console, info, warn
 from burnish.data.cache import Examples
 from burnish.data.collate import collate
+from burnish.data.loader import ExampleSet, Loader
 from burnish.data.packing import plan_micro_batches
+from burnish.data.prepare import cache_folder
 from burnish.data.progress import bar
+from burnish.data.stream import StreamLoader
 from burnish.data.types import Example
 from burnish.engine.backend import Backend
 from burnish.engine.events import Callback, State
 from burnish.engine.step import StepResult
+from burnish.models.locate import fingerprint
 from burnish.models.policy import Policy
 
-__all__ = ["Moves", "Referenced", "choose", "note", "precompute"]
+__all__ = ["Moves", "Referenced", "choose", "moves", "precompute", "prepare"]
 
 Floats = npt.NDArray[np.float32]
+_WORDS: dict[str, str] = {
+    "adapter_off": "the model without its adapter, in the same batches",
+    "precomputed": "log-probabilities computed once and kept on disk",
+    "copy": "a copy of the trained weights as they are at the start",
+}
 _SAVED_EVERY = 200  # micro-batches: what a crash can cost
 
 
-def choose(asked: ReferenceKind, *, adapter_off: bool, streaming: bool, moves: bool, looks: float) -> tuple[ReferenceKind, str]:
+def choose(asked: ReferenceKind, *, adapter_off: bool, moves: bool, looks: float | None) -> tuple[ReferenceKind, str]:
     """The kind of reference that costs least among those that are exact, and why.
 
     Args:
         asked: What the run file says.
         adapter_off: Whether the policy without its adapter is the model that the run starts from.
-        streaming: The examples are not known before the run.
         moves: The reference follows the policy.
-        looks: How often each example is looked at in the run, training and evaluation together, on the average.
+        looks: How often each example is looked at in the run, training and evaluation together, on the average; None where the rows are
+            streamed, and so not known before the run.
     """
     if asked != "auto":
         return asked, "as the run file says"
     if moves:
         return "copy", "it follows the policy"
-    if streaming:
+    if looks is None:
         return ("adapter_off", "the rows are streamed") if adapter_off else ("copy", "the rows are streamed")
     if not adapter_off:
         return "precomputed", "no second model in memory"
     if looks > 1.05:
         return "precomputed", f"each example is looked at {looks:.3g} times"
     return "adapter_off", "each example is looked at once"
+
+
+def prepare(
+    policy: Policy,
+    config: RunConfig,
+    loader: Loader | StreamLoader,
+    train: Examples | None,
+    held_out: Examples | None,
+    steps: int,
+    backend: Backend,
+    micro_batch_tokens: int,
+) -> ExampleSet | None:
+    """Chooses where the reference comes from, says so, and gets it ready. The policy has the weights that the run starts from.
+
+    Args:
+        policy: The model to train.
+        config: The run.
+        loader: Of the training examples; where log-probabilities are computed before the run, it gets them.
+        train: The training examples; None where they are streamed.
+        held_out: The held-out examples.
+        steps: Of the whole run.
+        backend: Devices and precision.
+        micro_batch_tokens: Most tokens computed at once.
+
+    Returns:
+        The held-out examples, with the reference's log-probabilities where these are computed already.
+    """
+    looks = _looks(config, loader, len(train), len(held_out or ()), steps) if isinstance(loader, Loader) and train is not None else None
+    kind, why = choose(
+        getattr(config.objective, "reference", "auto"),
+        adapter_off=config.adapter is not None and config.adapter.path is None,  # a saved one is where the run starts from
+        moves=getattr(config.objective, "sync", None) is not None,
+        looks=looks,
+    )
+    info(f"reference: {_WORDS.get(kind, kind)} ({why})")
+    if kind == "copy":
+        policy.keep_reference()
+    if kind != "precomputed" or train is None or not isinstance(loader, Loader):
+        return held_out
+    options: dict[str, Any] = {
+        "identity": _identity(config, backend),
+        "folder": cache_folder(config.data),
+        "backend": backend,
+        "micro_batch_tokens": micro_batch_tokens,
+        "packing": config.data.packing == "auto",
+    }
+    loader.refer(precompute(policy, train, loader.looked_at(steps), what="data.train", **options))
+    if held_out is None or config.evaluation.every is None:
+        return held_out
+    return precompute(policy, held_out, np.arange(len(held_out)), what="data.eval", **options)
+
+
+def moves(policy: Policy, config: RunConfig, source: Loader | StreamLoader) -> list[Callback]:
+    """What moves the reference in a run where it follows the policy."""
+    sync: Sync | None = getattr(config.objective, "sync", None)
+    if sync is None:
+        return []
+    size = {"steps_per_epoch": source.steps_per_epoch, "tokens_per_step": source.tokens_per_step}
+    return [Moves(policy, sync.mix, max(1, sync.every.steps(**size)))]
 
 
 class Referenced:
@@ -202,24 +271,33 @@ class _Store:
 
 
 class Moves(Callback):
-    """Moves the reference towards the policy after the steps for which `due` is true (TR-DPO)."""
+    """Moves the reference towards the policy every so many steps (TR-DPO)."""
 
-    def __init__(self, policy: Policy, mix: float, due: Callable[[int], bool]) -> None:
+    def __init__(self, policy: Policy, mix: float, every: int) -> None:
         self._policy = policy
         self._mix = mix
-        self._due = due
+        self._every = every
 
     def on_step_end(self, state: State, result: StepResult) -> None:
         """Called after each update, before a checkpoint of it is saved."""
-        if self._due(state.step):
+        if state.step % self._every == 0:
             self._policy.move_reference(self._mix)
 
 
-def note(kind: ReferenceKind, why: str, say: Callable[[str], None] = info) -> None:
-    """Says what was chosen."""
-    words = {
-        "adapter_off": "the model without its adapter, in the same batches",
-        "precomputed": "log-probabilities computed once, kept on disk",
-        "copy": "a copy of the trained weights as they were at the start",
+def _looks(config: RunConfig, loader: Loader, trained: int, held_out: int, steps: int) -> float:
+    """How often each example that the run uses is looked at, on the average."""
+    every = config.evaluation.every
+    size = {"steps_per_epoch": loader.steps_per_epoch, "tokens_per_step": loader.tokens_per_step}
+    evaluated = held_out if every is not None else 0
+    times = max(1, steps // every.steps(**size)) if every is not None else 0
+    return (steps / loader.steps_per_epoch * trained + times * evaluated) / (len(loader.looked_at(steps)) + evaluated)
+
+
+def _identity(config: RunConfig, backend: Backend) -> dict[str, Any]:
+    """What decides the reference's log-probabilities besides the examples."""
+    model, adapter = config.model, config.adapter
+    return {
+        "model": [fingerprint(model.path, model.revision), model.model_dump(include={"dtype", "quantize", "new_tokens"})],
+        "adapter": fingerprint(adapter.path, None) if adapter is not None and adapter.path is not None else None,
+        "precision": str(backend.compute_dtype),
     }
-    say(f"reference: {words.get(kind, kind)} ({why})")
