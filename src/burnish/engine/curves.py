@@ -46,7 +46,7 @@ class Curve:
 
 
 def curves_of(steps: Sequence[Line], evaluations: Sequence[Line], *, best_step: int | None = None) -> list[Curve]:
-    """The pictures of a run: loss first and large, then learning rate, gradient norm and speed.
+    """The pictures of a run: loss first and large, then what the objective tells, learning rate, gradient norm and speed.
 
     Args:
         steps: Lines of metrics.jsonl.
@@ -57,6 +57,7 @@ def curves_of(steps: Sequence[Line], evaluations: Sequence[Line], *, best_step: 
         return []
     return [
         _loss(steps, evaluations, best_step),
+        *(_group(steps, evaluations, *group) for group in _GROUPS if any(key in line for line in steps for key in group[2])),
         _small(steps, "learning_rate", "Learning rate", "#0d9488"),
         _small(steps, "grad_norm", "Gradient norm", "#7c3aed", smoothed=True),
         _small(steps, "tokens_per_second", "Tokens per second", "#d97706", smoothed=True),
@@ -106,6 +107,40 @@ def _loss(steps: Sequence[Line], evaluations: Sequence[Line], best_step: int | N
     if len(axes.get_lines()) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="upper right")
     return Curve("loss", "Loss", figure)
+
+
+_GROUPS: list[tuple[str, str, dict[str, tuple[str, str]]]] = [
+    ("rewards", "Rewards", {"reward_chosen": ("chosen", "#2563eb"), "reward_rejected": ("rejected", "#b91c1c")}),
+    ("reward_margin", "Reward margin", {"reward_margin": ("", "#0d9488")}),
+    (
+        "reward_accuracy",
+        "Preference accuracy",
+        {
+            "reward_accuracy": ("all", "#2563eb"),
+            "accuracy_longer": ("chosen longer", "#a8a29e"),
+            "accuracy_shorter": ("chosen shorter", "#db2777"),
+        },
+    ),
+    ("answer_logp", "Log-probability", {"logp_chosen": ("chosen", "#2563eb"), "logp_rejected": ("rejected", "#b91c1c")}),
+    ("kl", "Distance from the reference", {"kl": ("", "#7c3aed")}),
+    ("divergence", "Distance from the teacher", {"divergence": ("", "#7c3aed")}),
+]
+"""Metrics of objectives that are drawn: file name, title, and label and colour of each line."""
+
+
+def _group(steps: Sequence[Line], evaluations: Sequence[Line], name: str, title: str, lines: dict[str, tuple[str, str]]) -> Curve:
+    """Several metrics in one picture, with what the held-out data says as dots."""
+    figure, axes = _axes(3.5, 2.3)
+    for key, (label, colour) in lines.items():
+        at, values = _points(steps, key)
+        if np.isfinite(values).any():
+            _draw(axes, at, values, colour, label=label, smoothed=True)
+        eval_at, eval_values = _points(evaluations, f"eval_{key}")
+        if np.isfinite(eval_values).any():
+            axes.plot(eval_at, eval_values, "D", color=colour, markeredgecolor="white", markersize=5, zorder=4)
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=7.5, labelcolor=_INK, loc="best")
+    return Curve(name, title, figure)
 
 
 def _small(steps: Sequence[Line], key: str, title: str, colour: str, *, smoothed: bool = False) -> Curve:

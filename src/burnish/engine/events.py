@@ -57,7 +57,7 @@ class Callback:
         """The held-out data is about to be looked at."""
 
     def on_eval_end(self, state: State, metrics: Mapping[str, float]) -> None:
-        """`metrics` holds eval_loss, eval_perplexity and the objective's own."""
+        """`metrics` holds eval_loss, eval_perplexity where the objective tells `nll`, and the objective's own."""
 
     def on_save(self, state: State, folder: Path) -> None:
         """A checkpoint is on the disk."""

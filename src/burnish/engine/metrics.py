@@ -2,7 +2,7 @@
 
     metrics.jsonl   one line an optimiser step:
                     step, loss, learning_rate, grad_norm, tokens, trained_tokens, seconds, tokens_per_second, and the objective's own
-    eval.jsonl      one line an evaluation: step, eval_loss, eval_perplexity, eval_tokens, eval_seconds, and the objective's own
+    eval.jsonl      one line an evaluation: step, eval_loss, eval_tokens, eval_seconds, eval_perplexity (SFT), and the objective's own
     metrics.csv     both in one table, for spreadsheets
 
 tokens, trained_tokens and seconds are those of the step alone. A number that is not finite is null. A resumed run cuts the lines after its

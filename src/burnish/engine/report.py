@@ -75,7 +75,7 @@ def write_report(folder: Path, *, stopped: bool = False) -> Path:
         shares=list(_shares(account)),
         histogram=_histogram(account),
         remarks=list(_remarks(account)),
-        evaluations=_evaluation_rows(evaluations, best),
+        evaluations=_evaluation_table(evaluations, best) if evaluations else [],
         config=config,
         environment=list(_environment()),
     )
@@ -106,7 +106,12 @@ def _tiles(steps: Sequence[Line], evaluations: Sequence[Line], best: Line | None
         first = evaluations[0]["eval_loss"] if len(evaluations) > 1 else None
         note = f"from {first:.4g}, best at step {best['step']}" if first else f"at step {best['step']}"
         yield _Tile("Held-out loss", f"{best['eval_loss']:.4g}", note)
-        yield _Tile("Perplexity", f"{best['eval_perplexity']:.4g}" if best.get("eval_perplexity") else "-", "at the best step")
+        if "eval_reward_accuracy" in best:
+            before = evaluations[0].get("eval_reward_accuracy") if len(evaluations) > 1 else None
+            note = f"held out, from {before:.1%}" if before is not None else "held out"
+            yield _Tile("Preference accuracy", f"{best['eval_reward_accuracy']:.1%}", note)
+        if "eval_perplexity" in best:
+            yield _Tile("Perplexity", f"{best['eval_perplexity']:.4g}" if best["eval_perplexity"] else "-", "at the best step")
     tokens, trained = sum(line["tokens"] for line in steps), sum(line["trained_tokens"] for line in steps)
     seconds = sum(line["seconds"] for line in steps)
     yield _Tile("Tokens", short(tokens), f"{short(trained)} of them trained")
@@ -161,14 +166,27 @@ def _remarks(account: Mapping[str, Any] | None) -> Iterator[str]:
         yield f"{account['eval_rows_also_in_train']:,} held-out rows are also trained on, so the held-out loss flatters."
 
 
-def _evaluation_rows(evaluations: Sequence[Line], best: Line | None) -> list[dict[str, Any]]:
-    def shown(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4f}"
+def _evaluation_table(evaluations: Sequence[Line], best: Line | None) -> list[list[str]]:
+    """Headings and rows; a column for each number that the evaluations have."""
+    columns = {key: name for key, name in _EVALUATED.items() if any(key in line for line in evaluations)}
 
-    return [
-        {"step": line["step"], "loss": shown(line["eval_loss"]), "perplexity": shown(line["eval_perplexity"]), "best": line is best}
-        for line in evaluations
-    ]
+    def shown(line: Line, key: str) -> str:
+        value = line.get(key)
+        text = "-" if value is None else f"{value:.4f}"
+        return f"{text} (best)" if key == "eval_loss" and line is best else text
+
+    return [["step", *columns.values()], *([str(line["step"]), *(shown(line, key) for key in columns)] for line in evaluations)]
+
+
+_EVALUATED = {
+    "eval_loss": "loss",
+    "eval_perplexity": "perplexity",
+    "eval_reward_accuracy": "preference accuracy",
+    "eval_reward_margin": "reward margin",
+    "eval_kl": "distance from the reference",
+    "eval_divergence": "distance from the teacher",
+}
+"""Columns of the table of evaluations."""
 
 
 def _best(evaluations: Sequence[Line]) -> Line | None:

@@ -35,6 +35,7 @@ The peers: Liger-Kernel's fused linear cross-entropy, Apple's cut cross-entropy 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -87,16 +88,17 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @dataclass(slots=True)
 class TokenStats:
-    """What the head says about each trained prediction. All [K], fp32, differentiable but for `correct`.
+    """What the head says about each trained prediction. All [K], fp32, differentiable but for the last two. None unless asked for.
 
-    `mean_logit` (the mean of the logits over the vocabulary) makes label smoothing, `logsumexp` the z-loss; both are None unless asked.
+    `mean_logit` (the mean of the logits over the vocabulary) makes label smoothing, `logsumexp` the z-loss.
     """
 
     logprobs: torch.Tensor
     logsumexp: torch.Tensor | None = None
     mean_logit: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
-    correct: torch.Tensor | None = None  # bool [K]: the argmax is the target; no gradient
+    correct: torch.Tensor | None = None  # bool [K]: the argmax is the target
+    log_sum_sq: torch.Tensor | None = None  # log sum_v p_v^2: the log-probability of two equal draws
 
 
 def head_stats(
@@ -244,6 +246,7 @@ def stats_from_logits(logits: torch.Tensor, targets: torch.Tensor, want: frozens
         mean_logit=logits.mean(dim=-1) if "mean_logit" in want else None,
         entropy=-(logp.exp() * logp).sum(dim=-1) if "entropy" in want else None,
         correct=logits.argmax(dim=-1) == targets if "correct" in want else None,
+        log_sum_sq=(2 * logp.detach()).logsumexp(dim=-1) if "log_sum_sq" in want else None,
     )
 
 
@@ -266,8 +269,7 @@ class _HeadStats(torch.autograd.Function):
         again = not early or "entropy" in head.want
         direction = gradients.hidden if gradients is not None else None
         ctx.save_for_backward(direction, *((hidden, weight, bias, targets) if again else (None,) * 4))
-        if stats[4] is not None:
-            ctx.mark_non_differentiable(stats[4])
+        ctx.mark_non_differentiable(*(x for x in stats[4:] if x is not None))
         return stats
 
     @staticmethod
@@ -361,7 +363,8 @@ def _forward(
 ) -> Fields:
     """The statistics; adds up the gradients of the sum of `factors` (default: ones) times logprobs where `gradients` is given."""
     w, wide = weight.to(head.compute), wide_dtype(hidden.dtype)
-    kinds = {"logprobs": wide, "logsumexp": wide, "mean_logit": wide, "entropy": wide, "correct": torch.bool}  # in TokenStats' order
+    names = (field.name for field in dataclasses.fields(TokenStats))
+    kinds = {name: torch.bool if name == "correct" else wide for name in names}
     wanted = head.want | {"logprobs"}
     stats = [hidden.new_empty(targets.shape, dtype=kind) if name in wanted else None for name, kind in kinds.items()]
     for part, z, h in chunks(hidden, w, bias, head):
@@ -405,7 +408,7 @@ def _product_dtype(hidden: torch.Tensor, head: Head) -> torch.dtype:
 
 
 def _fields(stats: TokenStats) -> Fields:
-    return stats.logprobs, stats.logsumexp, stats.mean_logit, stats.entropy, stats.correct
+    return stats.logprobs, stats.logsumexp, stats.mean_logit, stats.entropy, stats.correct, stats.log_sum_sq
 
 
 def _cat(column: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:

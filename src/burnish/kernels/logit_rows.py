@@ -19,11 +19,12 @@ import torch
 from burnish.kernels.dispatch import Impl, choose
 from burnish.kernels.matmul import mm_wide
 
-OPTIONAL = frozenset({"logsumexp", "mean_logit", "entropy", "correct"})
+OPTIONAL = frozenset({"logsumexp", "mean_logit", "entropy", "correct", "log_sum_sq"})
 """What `want` may name besides the log-probabilities."""
 
-Fields = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-"""logprobs, logsumexp, mean_logit, entropy, correct: the fields of linear_ce.TokenStats, as autograd passes them around."""
+_Maybe = torch.Tensor | None
+Fields = tuple[torch.Tensor, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe]
+"""logprobs, logsumexp, mean_logit, entropy, correct, log_sum_sq: the fields of linear_ce.TokenStats, as autograd passes them around."""
 
 _CPU_ROWS, _CPU_ELEMENTS = 512, 1 << 25
 """A CPU's chunk. W is read, and laid out for the product, once a chunk. One core, bf16, V = 128256, H = 2048: the product dz W runs at 125,
@@ -69,6 +70,10 @@ def make_head(
     check(want, temperature)
     compute = compute_dtype(hidden, weight)
     chosen = choose(impl, hidden.device, frozenset(_TYPES))
+    if "log_sum_sq" in want and chosen != "torch":  # a rare wish, which only plain torch fulfils
+        if impl != "auto":
+            raise ValueError(f"the '{impl}' head does not compute log_sum_sq")
+        chosen = "torch"
     if chosen != "torch" and compute not in _TYPES[chosen]:
         if impl != "auto":
             raise ValueError(f"the '{impl}' head does not compute in {compute}, expected one of {sorted(map(str, _TYPES[chosen]))}")
@@ -121,7 +126,7 @@ def statistics(z: torch.Tensor, y: torch.Tensor, head: Head, gradient: bool) -> 
     if head.impl == "native":
         from burnish.kernels import native
 
-        return native.head_chunk(z, y, head.scale, head.softcap, gradient), z  # pyright: ignore
+        return (*native.head_chunk(z, y, head.scale, head.softcap, gradient), None), z  # pyright: ignore
     z, y = shape(wide(z), head.softcap, head.scale), y[:, None]
     top, arg = z.max(dim=-1, keepdim=True)
     p = torch.softmax(z, dim=-1)
@@ -129,7 +134,8 @@ def statistics(z: torch.Tensor, y: torch.Tensor, head: Head, gradient: bool) -> 
     logp, lse, correct = z.gather(-1, y) - top - log_total, top + log_total, arg == y
     mean = z.mean(dim=-1) if "mean_logit" in head.want else None
     entropy = log_total.squeeze(-1) - (z - top).mul_(p).sum(dim=-1) if "entropy" in head.want else None
-    fields = logp.squeeze(-1), lse.squeeze(-1), mean, entropy, correct.squeeze(-1)
+    squares = p.square().sum(dim=-1).log() if "log_sum_sq" in head.want else None
+    fields = logp.squeeze(-1), lse.squeeze(-1), mean, entropy, correct.squeeze(-1), squares
     if not gradient:
         return fields, None
     dz = p.neg_().scatter_add_(-1, y, torch.ones_like(top))

@@ -51,7 +51,7 @@ def head_chunk(z: torch.Tensor, y: torch.Tensor, scale: float, softcap: float | 
         _forward[(rows,)](
             z, y, logp, lse, mean, entropy, correct, z.stride(0), vocabulary, scale, softcap, gradient, **_blocks(vocabulary)
         )  # fmt: skip
-    return logp, lse, mean, entropy, correct
+    return logp, lse, mean, entropy, correct, None
 
 
 def head_chunk_backward(

@@ -1,0 +1,97 @@
+"""What the objectives over pairs have in common: the two answers of each pair, and how a pair is measured.
+
+Branches alternate in a batch: 2p is the chosen answer of pair p, 2p + 1 the rejected one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from burnish.data.types import Batch
+from burnish.objectives.base import branch_sums
+
+Metrics = dict[str, tuple[torch.Tensor, float]]
+
+
+def split(branches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chosen [P] and rejected [P] of one number for each branch [2P]."""
+    return branches[0::2], branches[1::2]
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The log-probabilities of a micro-batch's answers: sums over each answer's tokens [P], and how many tokens these are [P]."""
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    chosen_tokens: torch.Tensor
+    rejected_tokens: torch.Tensor
+
+    @classmethod
+    def of(cls, logprobs: torch.Tensor, batch: Batch) -> Answers:
+        """From the log-probability of every target [K], each times its token's weight."""
+        sums = split(branch_sums(batch.token_weights * logprobs, batch))
+        tokens = split(branch_sums(batch.token_weights.to(logprobs.dtype), batch))
+        return cls(*sums, *tokens)
+
+    @property
+    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean log-probability of a token in the chosen and in the rejected answer, [P] each."""
+        return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
+
+
+def chosen_nll(answers: Answers, batch: Batch) -> torch.Tensor:
+    """The cross-entropy of the chosen answers, a mean over all their tokens in the step, as this micro-batch's share of the loss.
+
+    The engine divides by the step's weight, so the sum is scaled by weight over tokens of the step: the outcome does not depend on the cut.
+    """
+    return -answers.chosen.sum() * (batch.step_weight / batch.step_tokens) if batch.step_tokens else -answers.chosen.sum() * 0
+
+
+def pair_metrics(chosen_reward: torch.Tensor, rejected_reward: torch.Tensor, answers: Answers, batch: Batch) -> Metrics:
+    """How well the pairs are told apart, as (sum, count).
+
+    `reward_accuracy` is the share of pairs whose chosen answer has the larger reward, a tie counts half. `accuracy_longer` and
+    `accuracy_shorter` are the same among pairs whose chosen answer has more tokens than the rejected one, and fewer: far apart, they say
+    that length is judged and not content.
+
+    Args:
+        chosen_reward: [P] implicit reward, or score.
+        rejected_reward: The same of the rejected answers.
+        answers: For `logp_chosen` and `logp_rejected`, summed over each answer.
+        batch: The micro-batch.
+    """
+    chosen_reward, rejected_reward = chosen_reward.detach(), rejected_reward.detach()
+    pairs = float(batch.examples)
+    metrics = preferred(chosen_reward, rejected_reward, batch)
+    metrics |= {
+        "reward_chosen": (chosen_reward.sum(), pairs),
+        "reward_rejected": (rejected_reward.sum(), pairs),
+        "reward_margin": ((chosen_reward - rejected_reward).sum(), pairs),
+        "logp_chosen": (answers.chosen.detach().sum(), pairs),
+        "logp_rejected": (answers.rejected.detach().sum(), pairs),
+    }
+    return metrics
+
+
+def preferred(chosen: torch.Tensor, rejected: torch.Tensor, batch: Batch) -> Metrics:
+    """The accuracies of `pair_metrics` alone."""
+    right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+    metrics: Metrics = {"reward_accuracy": (right.sum(), float(batch.examples))}
+    difference = [own - other for own, other in zip(batch.branches[0::2], batch.branches[1::2], strict=True)]
+    for name, sign in (("accuracy_longer", 1), ("accuracy_shorter", -1)):
+        places = [place for place, tokens in enumerate(difference) if tokens * sign > 0]
+        if places:
+            metrics[name] = (right[torch.tensor(places).to(right.device, non_blocking=True)].sum(), float(len(places)))
+    return metrics
+
+
+def distance(logprobs: torch.Tensor, reference: torch.Tensor) -> Metrics:
+    """`kl`: an estimate of the KL divergence of the policy from the reference, a token, on the answers of the data.
+
+    The mean of (log pi - log pi_ref)^2 / 2 over the trained tokens: never negative, zero where both agree, and right to second order
+    (k2 in Schulman, "Approximating KL divergence", 2020). The answers are not the policy's own, so it tells how far it has gone, not more.
+    """
+    return {"kl": ((logprobs.detach() - reference).square().sum() / 2, float(len(logprobs)))}
