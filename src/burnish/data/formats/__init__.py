@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, get_args
 
 from burnish.config.sections import FORMATS, Source
 from burnish.core import plugins
@@ -22,11 +22,29 @@ from burnish.core.errors import FormatError, RowError, Where, did_you_mean, near
 from burnish.data.formats.base import Binding, Fields, Shape, kind_of, listed, spelled
 from burnish.data.sources.remote import shown_name
 from burnish.data.sources.row import Row
-from burnish.data.types import Completion, Conversation, Item, Text, Tokens
+from burnish.data.types import BatchKind, Completion, Conversation, Item, Judged, Pair, Stepwise, Text, Tokens
 
 __all__ = ["BuiltInFormat", "Format", "OwnFormat", "choose"]
 
-_ITEMS = (Conversation, Completion, Text, Tokens)
+_ITEMS: dict[BatchKind, tuple[type[Item], ...]] = {
+    "tokens": (Conversation, Completion, Text, Tokens),
+    "pairs": (Pair,),
+    "judged": (Judged, Pair),
+    "steps": (Stepwise,),
+}
+"""What the rows may mean to each kind of objective. Pairs are taken apart into judged answers where these are wanted."""
+_FORMATS: dict[BatchKind, tuple[str, ...]] = {
+    "tokens": ("alpaca", "sharegpt", "messages", "prompt_completion", "text", "tokens"),
+    "pairs": ("preference",),
+    "judged": ("judged", "preference"),
+    "steps": ("stepwise",),
+}
+_WANTED: dict[BatchKind, str] = {
+    "tokens": "text to learn",
+    "pairs": "two answers to each prompt, one of them preferred (chosen, rejected)",
+    "judged": "answers with a label that says whether they are good, or pairs (chosen, rejected)",
+    "steps": "solutions in steps with a label for each (prompt, completions, labels)",
+}
 _WITHOUT_SYSTEM = ("text", "tokens")
 
 
@@ -115,19 +133,21 @@ class OwnFormat:
     """A function of the user's: `convert(row: dict) -> item`.
 
     It may return an item of `burnish.data.types`, a dict that a built-in format understands (`{"messages": [...]}`, `{"prompt": ...,
-    "completion": ...}`), a text, or None for an empty row.
+    "completion": ...}`, `{"prompt": ..., "chosen": ..., "rejected": ...}`), a text, or None for an empty row. `kind` is what the objective
+    compares.
     """
 
     name: str
     base: Path
     source: Source
+    kind: BatchKind = "tokens"
     _function: Callable[[dict[str, Any]], object] | None = field(default=None, repr=False, compare=False)
 
-    def __getstate__(self) -> tuple[str, Path, Source]:
-        return self.name, self.base, self.source  # the function belongs to a file, and is loaded from it again
+    def __getstate__(self) -> tuple[str, Path, Source, BatchKind]:
+        return self.name, self.base, self.source, self.kind  # the function belongs to a file, and is loaded from it again
 
-    def __setstate__(self, state: tuple[str, Path, Source]) -> None:
-        self.name, self.base, self.source = state
+    def __setstate__(self, state: tuple[str, Path, Source, BatchKind]) -> None:
+        self.name, self.base, self.source, self.kind = state
         self._function = None
 
     def convert(self, row: Row) -> Item | None:
@@ -142,14 +162,17 @@ class OwnFormat:
             value = self._load()(dict(row.fields))
         except Exception as error:  # whatever a function of the user's may raise
             raise RowError(f"{self.name} failed: {type(error).__name__}: {error}".rstrip(": "), where=row.where()) from error
-        if value is None or isinstance(value, _ITEMS):
+        if value is None or isinstance(value, _ITEMS[self.kind]):
             return value
+        if isinstance(value, get_args(Item)):
+            wanted = f"the objective needs {_WANTED[self.kind]}"
+            raise RowError(f"{self.name} returned a {type(value).__name__}, but {wanted}", where=row.where())
         if isinstance(value, str):
             value = {"text": value}
         if not isinstance(value, dict):
             raise RowError(f"{self.name} returned {kind_of(value)}, expected an item, a dict, a text or None", where=row.where())
         made = Row(row.file, row.number, cast("dict[str, Any]", value), row.line)
-        return _detect(self.source.model_copy(update={"columns": {}}), [made]).convert(made)
+        return _detect(self.source.model_copy(update={"columns": {}}), [made], self.kind).convert(made)
 
     def describe(self) -> str:
         """The function's place."""
@@ -164,7 +187,7 @@ class OwnFormat:
         return self._function
 
 
-def choose(source: Source, sample: Sequence[Row], *, base: Path = Path(), kind: str = "tokens") -> Format:
+def choose(source: Source, sample: Sequence[Row], *, base: Path = Path(), kind: BatchKind = "tokens") -> Format:
     """The format of a source: the one that the run file names, else the only one that fits the rows.
 
     Args:
@@ -178,26 +201,43 @@ def choose(source: Source, sample: Sequence[Row], *, base: Path = Path(), kind: 
         RowError: not one row of the sample could be read.
     """
     if source.format != "auto" and source.format not in FORMATS:
-        own = OwnFormat(source.format, base, source)
+        own = OwnFormat(source.format, base, source, kind)
         own._load()  # pyright: ignore[reportPrivateUsage]  # a missing file is found now, not in a worker
         return own
     whole = [row for row in sample if row.fault is None]
     if not whole:
         raise next((row.fault for row in sample if row.fault), _no_rows(source))
-    chosen = _detect(source, whole) if source.format == "auto" else _named(source, whole)
+    if source.format != "auto" and source.format not in _FORMATS[kind]:
+        fitting = " or ".join(f"'format: {name}'" for name in _FORMATS[kind])
+        raise FormatError(
+            f"format: {source.format} is not for this objective, which needs {_WANTED[kind]}: {fitting}", where=_where(source)
+        )
+    chosen = _detect(source, whole, kind) if source.format == "auto" else _named(source, whole)
     if source.system and chosen.name in _WITHOUT_SYSTEM:
         raise FormatError(f"a system prompt needs conversations, but the format is {chosen.name}", where=_where(source))
     return chosen
 
 
-def _detect(source: Source, rows: Sequence[Row]) -> BuiltInFormat:
+def _detect(source: Source, rows: Sequence[Row], kind: BatchKind = "tokens") -> BuiltInFormat:
     columns = _columns(rows)
-    kinds = [kind for kind in map(_Kind.of, FORMATS) if set(source.columns) <= set(kind.shape.names)]
-    fits = [way for kind in kinds for way in _fitting(_bound(kind, source, columns), rows)]
+    fits = _all_fitting(source, rows, _FORMATS[kind])
     if len(fits) == 1:
-        _refuse_what_is_meant_otherwise(source, fits[0], rows)
+        if kind == "tokens":
+            _refuse_what_is_meant_otherwise(source, fits[0], rows)
         return fits[0]
-    raise _ambiguous(source, fits) if fits else _unknown(source, columns)
+    if fits:
+        raise _ambiguous(source, fits)
+    others = _all_fitting(source, rows, [name for name in FORMATS if name not in _FORMATS[kind]])
+    raise _of_another_kind(source, kind, others[-1]) if others and kind != "tokens" else _unknown(source, columns, _FORMATS[kind])
+
+
+def _all_fitting(source: Source, rows: Sequence[Row], names: Sequence[str]) -> list[BuiltInFormat]:
+    kinds = [kind for kind in map(_Kind.of, names) if set(source.columns) <= set(kind.shape.names)]
+    return [way for kind in kinds for way in _fitting(_bound(kind, source, _columns(rows)), rows)]
+
+
+def _of_another_kind(source: Source, kind: BatchKind, fit: BuiltInFormat) -> FormatError:
+    return FormatError(f"the objective needs {_WANTED[kind]}, but the rows are {fit.describe()}", where=_where(source))
 
 
 def _refuse_what_is_meant_otherwise(source: Source, fit: BuiltInFormat, rows: Sequence[Row]) -> None:
@@ -209,13 +249,14 @@ def _refuse_what_is_meant_otherwise(source: Source, fit: BuiltInFormat, rows: Se
     columns = _columns(rows)
     write = f"write 'format: {fit.name}' beside the data set's path"
     if {"chosen", "rejected"} <= set(columns):
-        raise _pairs(source, f"to train on the conversations alone, {write}" if _converts(fit, rows) else _NOT_YET)
+        raise _pairs(source, f"to train on the conversations alone, {write}" if _converts(fit, rows) else None)
     if "label" in fit.unused and all(isinstance(row.fields.get("label"), bool) for row in rows):
         raise FormatError(
-            f"the rows are judged (column 'label'), which this objective does not use; to train on good and bad alike, {write}",
+            "the rows are judged (column 'label'), which this objective does not use; write 'objective: kto' to learn from that, "
+            f"or, to train on good and bad alike, {write}",
             where=_where(source),
         )
-    for kind in map(_Kind.of, FORMATS):
+    for kind in map(_Kind.of, _FORMATS["tokens"]):
         near = _near(kind, columns)
         known = {*near, *(name for spelling in kind.shape.spellings for name in spelling.values())}
         slips = [column for column in near.values() if column in fit.unused and column not in known]
@@ -290,10 +331,10 @@ def _inline(mapping: Mapping[str, str | None]) -> str:
     return "{" + ", ".join(f"{given}: {column}" for given, column in mapping.items()) + "}"
 
 
-def _unknown(source: Source, columns: Sequence[str]) -> FormatError:
-    if {"chosen", "rejected"} <= set(columns):
-        return _pairs(source, _CHOSEN_ALONE if "prompt" in columns else _NOT_YET)
-    kinds = [_Kind.of(name) for name in FORMATS]
+def _unknown(source: Source, columns: Sequence[str], names: Sequence[str]) -> FormatError:
+    if {"chosen", "rejected"} <= set(columns) and "preference" not in names:
+        return _pairs(source, f"to train on the chosen answers alone, {_CHOSEN_ALONE}" if "prompt" in columns else None)
+    kinds = [_Kind.of(name) for name in names]
     absent = [column for column in source.columns.values() if column not in columns]
     if absent and not any(set(source.columns) & set(kind.shape.inner) for kind in kinds):
         return _no_column(source, absent[0], columns)
@@ -330,16 +371,14 @@ def _near(kind: _Kind, columns: Sequence[str]) -> dict[str, str]:
     return {}
 
 
-_NOT_YET = "burnish has no preference objective yet"
-_CHOSEN_ALONE = (
-    f"{_NOT_YET}; to train on the chosen answers alone, write 'format: prompt_completion' with 'columns: {{completion: chosen}}' "
-    "beside the data set's path"
-)
+_CHOSEN_ALONE = "write 'format: prompt_completion' with 'columns: {completion: chosen}' beside the data set's path"
 
 
-def _pairs(source: Source, advice: str) -> FormatError:
+def _pairs(source: Source, advice: str | None) -> FormatError:
+    learn = "write 'objective: dpo' (or simpo, orpo, kto, reward) to learn from the preference"
     return FormatError(
-        f"the rows are preference pairs (columns 'chosen' and 'rejected'), which this objective does not use; {advice}",
+        "the rows are preference pairs (columns 'chosen' and 'rejected'), which this objective does not use; "
+        f"{f'{learn}, or, {advice}' if advice else learn}",
         where=_where(source),
     )
 

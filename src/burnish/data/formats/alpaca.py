@@ -31,10 +31,15 @@ def convert(fields: Fields) -> Conversation | None:
     answer = fields.text("output")
     if not answer.strip():
         return None
-    return conversation(fields, [*_history(fields), Message("user", question), Message("assistant", answer)])
+    return conversation(fields, [*turns_of_history(fields), Message("user", question), Message("assistant", answer)])
 
 
-def _history(fields: Fields) -> Iterator[Message]:
+def turns_of_history(fields: Fields) -> Iterator[Message]:
+    """The earlier turns of a row.
+
+    Raises:
+        RowError: they are no pairs of texts.
+    """
     value = fields.json("history")
     where = fields.where("history")
     for pair in as_list(value, where, "[question, answer] pairs") if value is not None else ():

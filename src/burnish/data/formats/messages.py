@@ -89,12 +89,26 @@ def conversation(fields: Fields, messages: Sequence[Message]) -> Conversation | 
     Raises:
         RowError: the order of turns makes no sense, or the tools are malformed.
     """
-    if all(_is_blank(message) for message in messages if message.role not in ("system", "developer")):
+    if all(is_blank(message) for message in messages if message.role not in ("system", "developer")):
         return None
+    made = checked(fields, messages)
+    return None if all(is_blank(message) for message in messages if message.role == "assistant") else made
+
+
+def checked(fields: Fields, messages: Sequence[Message]) -> Conversation:
+    """The same, however blank.
+
+    Raises:
+        RowError: as `conversation`.
+    """
     _check_order(messages, fields.row.where())
-    if all(_is_blank(message) for message in messages if message.role == "assistant"):
-        return None
     return Conversation(tuple(_with_system(fields, messages)), _tools(fields))
+
+
+def has_system(fields: Fields) -> bool:
+    """Whether the row, or the run file for its rows, gives a system prompt beside the messages."""
+    of_row = fields.optional_text("system")
+    return bool(fields.binding.system or (of_row and of_row.strip()))
 
 
 def read_calls(value: object, where: Where) -> tuple[ToolCall, ...]:
@@ -304,7 +318,8 @@ def _tools(fields: Fields) -> tuple[Mapping[str, Any], ...]:
     return tuple(as_object(tool, where, "a tool's JSON schema") for tool in read)
 
 
-def _is_blank(message: Message) -> bool:
+def is_blank(message: Message) -> bool:
+    """Whether a message says nothing and calls nothing."""
     return not (message.content.strip() or message.tool_calls or (message.reasoning or "").strip())
 
 

@@ -161,14 +161,14 @@ def test_no_format_fits(fields: dict[str, Any], message: str, hint: str) -> None
         ),
         (
             {"messages": MESSAGES, "label": False},
-            "the rows are judged (column 'label'), which this objective does not use; to train on good and bad alike, "
-            "write 'format: messages' beside the data set's path",
+            "the rows are judged (column 'label'), which this objective does not use; write 'objective: kto' to learn from that, "
+            "or, to train on good and bad alike, write 'format: messages' beside the data set's path",
             "",
         ),
         (
             {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"}, "rejected": {}},
             "preference pairs (columns 'chosen' and 'rejected'), which this objective does not use; "
-            "burnish has no preference objective yet",
+            "write 'objective: dpo' (or simpo, orpo, kto, reward) to learn from the preference",
             "",
         ),
         (
