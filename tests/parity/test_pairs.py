@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from burnish.config.objectives import DPO
+from burnish.config.objectives import DPO, KTO
 from burnish.data.loader import Listed, Step
 from burnish.data.tree import grow
 from burnish.data.types import Example
 from burnish.models.policy import Policy
 from burnish.objectives.dpo import DPOObjective
+from burnish.objectives.kto import KTOObjective
 
 from .families import DEVICE, FAMILIES, SEGMENT_BY_SEGMENT, VOCABULARY, build
 from .test_whole_model import EXACT, FAST, assert_same
@@ -151,3 +152,10 @@ def test_the_reference_moves_towards_the_policy():
     policy.move_reference(0.25)
     for name, value in policy.kept_reference.items():
         torch.testing.assert_close(value, before[name] + 0.25)
+def test_judged_answers_do_not_depend_on_the_cut_either():
+    policy = Policy(lora("llama"))
+    answers = [grow([side], values=(float(place),), weight=1.0) for both in sides() for place, side in enumerate(both)]
+    pieces = cut(answers, 25, mismatched=True)
+    assert len(pieces) > 1
+
+

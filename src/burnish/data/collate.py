@@ -116,10 +116,11 @@ def _forest(examples: Sequence[Example], step_weight: float, step_tokens: float,
     weights = np.concatenate([example.weights for example in examples]) if examples else np.zeros(1, np.float32)
     places, rows = (np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (laid.places, laid.rows))
     counted = [loss_weight(example) for example in examples]
+    values = tuple(value for example in examples for value in example.values)
     extras = {
         "lengths": np.array(laid.branches, np.int64),
         "ends": np.array(laid.branch_ends, np.int64),
-        "values": np.array([value for example in examples for value in example.values], np.float32),
+        "values": np.array(values, np.float32),
         "weights": np.array(counted, np.float32),
     }
     known = [example.reference for example in examples]
@@ -139,6 +140,7 @@ def _forest(examples: Sequence[Example], step_weight: float, step_tokens: float,
         examples=len(examples),
         branches=tuple(laid.branches),
         branch_segments=tuple(laid.branch_segments),
+        values=values,
         step_tokens=step_tokens,
         extras={name: torch.as_tensor(value) for name, value in extras.items()},
     )

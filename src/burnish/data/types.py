@@ -176,6 +176,7 @@ class Batch:
     examples: int = 0  # examples in this micro-batch
     branches: tuple[int, ...] = ()  # B: trained predictions of each branch; empty: examples have none
     branch_segments: tuple[int, ...] = ()  # B: the segment of each branch
+    values: tuple[float, ...] = ()  # V: the same as in `extras`, on the host
     step_tokens: float = 0.0  # weight of the trained tokens in the first branches of all examples of the step, on all ranks
     extras: dict[str, torch.Tensor] = field(default_factory=lambda: {})  # noqa: PIE807  # typed, where dict itself would not be
 

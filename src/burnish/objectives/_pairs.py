@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from burnish.data.types import Batch
 from burnish.objectives.base import branch_sums
@@ -48,6 +49,12 @@ def chosen_nll(answers: Answers, batch: Batch) -> torch.Tensor:
     The engine divides by the step's weight, so the sum is scaled by weight over tokens of the step: the outcome does not depend on the cut.
     """
     return -answers.chosen.sum() * (batch.step_weight / batch.step_tokens) if batch.step_tokens else -answers.chosen.sum() * 0
+
+
+def smoothed_sigmoid(z: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """-(1 - e) log sigma(z) - e log sigma(-z)."""
+    loss = -F.logsigmoid(z)
+    return loss if smoothing == 0 else (1 - smoothing) * loss - smoothing * F.logsigmoid(-z)
 
 
 def pair_metrics(chosen_reward: torch.Tensor, rejected_reward: torch.Tensor, answers: Answers, batch: Batch) -> Metrics:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from burnish.config.objectives import DPO
 from burnish.core.errors import TrainingError
 from burnish.data.types import Batch
-from burnish.objectives._pairs import Answers, chosen_nll, distance, pair_metrics, split
+from burnish.objectives._pairs import Answers, chosen_nll, distance, pair_metrics, smoothed_sigmoid, split
 from burnish.objectives.base import Loss, Policy, Totals, branch_sums, reference_logprobs
 
 __all__ = ["LOSSES", "DPOObjective", "PairScores", "build", "score"]
@@ -57,7 +57,7 @@ def sigmoid(pairs: PairScores, config: DPO) -> torch.Tensor:
 
     With label smoothing e it is cDPO: -(1 - e) log sigma(beta d) - e log sigma(-beta d) (Mitchell, "A note on DPO with noisy preferences").
     """
-    return _smoothed(config.beta * pairs.difference, config.label_smoothing)
+    return smoothed_sigmoid(config.beta * pairs.difference, config.label_smoothing)
 
 
 def sigmoid_norm(pairs: PairScores, config: DPO) -> torch.Tensor:
@@ -131,7 +131,7 @@ def aot(margin: torch.Tensor, reference: torch.Tensor, config: DPO) -> torch.Ten
     Paired, the margin is log pi(y+) - log pi(y-) and the reference the same of ref; unpaired, it is r+ and the reference r-. Both sorted:
     the preference is then one of first-order stochastic dominance between distributions.
     """
-    return _smoothed(config.beta * (margin - reference), config.label_smoothing)
+    return smoothed_sigmoid(config.beta * (margin - reference), config.label_smoothing)
 
 
 LOSSES: dict[str, Callable[[PairScores, DPO], torch.Tensor]] = {
@@ -295,12 +295,6 @@ class _Partners:
 def _sortable(name: str, pairs: PairScores) -> tuple[torch.Tensor, torch.Tensor]:
     """What is sorted: the margin of the policy and of the reference, or the log-ratios of chosen and rejected."""
     return (pairs.chosen, pairs.rejected) if name == "aot_unpaired" else (pairs.margin, pairs.reference_margin)
-
-
-def _smoothed(z: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """-(1 - e) log sigma(z) - e log sigma(-z)."""
-    loss = -F.logsigmoid(z)
-    return loss if smoothing == 0 else (1 - smoothing) * loss - smoothing * F.logsigmoid(-z)
 
 
 def _length_weights(batch: Batch, alpha: float) -> torch.Tensor:

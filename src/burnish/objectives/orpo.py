@@ -1,0 +1,56 @@
+"""ORPO: cross-entropy on the chosen answers plus the log odds ratio of the two (2403.07691, equations 4, 6 and 7). No reference.
+
+    p(y)    = exp(log pi(y) / |y|)                       the mean log-probability of a token
+    odds(y) = p(y) / (1 - p(y))
+    loss    = nll(y+) - beta log sigma(log odds(y+) - log odds(y-))
+
+nll is the mean over the tokens of the step's chosen answers; prompts are not trained.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from burnish.config.objectives import ORPO
+from burnish.data.types import Batch
+from burnish.objectives._pairs import Answers, chosen_nll, pair_metrics
+from burnish.objectives.base import Loss, Policy
+
+
+def log_one_minus_exp(x: torch.Tensor) -> torch.Tensor:
+    """log(1 - e^x) for x < 0, exact at both ends: by expm1 near zero, by log1p of a small power far from it (Maechler, 2012)."""
+    near = x > -math.log(2)
+    # Each branch gets numbers that are harmless to it, or the gradient of the branch not taken would be NaN.
+    close = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
+    far = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
+    return torch.where(near, close, far)
+
+
+def odds_ratio(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """-log sigma(log odds(y+) - log odds(y-)) of each pair [P], from mean log-probabilities [P], each below 0."""
+    return -F.logsigmoid((chosen - rejected) - (log_one_minus_exp(chosen) - log_one_minus_exp(rejected)))
+
+
+class ORPOObjective:
+    """ORPO over pairs. Metrics: those of `_pairs.pair_metrics`; the reward is beta times the mean log-probability."""
+
+    needs_reference = False
+
+    def __init__(self, config: ORPO) -> None:
+        self.config = config
+
+    def __call__(self, policy: Policy, batch: Batch) -> Loss:
+        """The summed loss of one micro-batch; `batch.weight` counts its pairs."""
+        answers = Answers.of(policy.token_stats(batch).logprobs, batch)
+        # An answer that is certain has odds without end; a rounding away from certain they are large.
+        chosen, rejected = (mean.clamp(max=-torch.finfo(mean.dtype).eps) for mean in answers.means)
+        total = chosen_nll(answers, batch) + self.config.beta * (batch.extras["weights"] * odds_ratio(chosen, rejected)).sum()
+        metrics = pair_metrics(self.config.beta * chosen, self.config.beta * rejected, answers, batch)
+        return Loss(total, metrics)
+
+
+build = ORPOObjective
+"""What `objective: orpo` builds."""
