@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from burnish.config.dump import dump_run, resolved
 from burnish.config.load import load_run, parse_run
-from burnish.config.objectives import KTO, Plugin, batch_kind
+from burnish.config.objectives import Plugin, batch_kind
 from burnish.config.run import RunConfig
 from burnish.config.sections import Adapter, Model
 from burnish.core import plugins
@@ -183,8 +183,7 @@ class Run:
     @property
     def _mismatched(self) -> bool:
         """Whether the objective wants every answer once more, under another prompt."""
-        objective = self.config.objective
-        return isinstance(objective, KTO) and objective.loss == "kto"
+        return not isinstance(self.config.objective, Plugin) and self.config.objective.mismatched
 
     @property
     def micro_batch_tokens(self) -> int:

@@ -27,6 +27,11 @@ class Objective(Strict):
     learning_rate: ClassVar[float] = 2e-4
     """The default of `train.learning_rate`."""
 
+    @property
+    def mismatched(self) -> bool:
+        """Whether it wants every answer once more, under another prompt of the step."""
+        return False
+
 
 class SFT(Objective):
     """Supervised fine-tuning: cross-entropy on the trained tokens, averaged over tokens."""
@@ -163,7 +168,13 @@ class KTO(Objective):
     undesirable_weight: float = Field(default=1.0, ge=0)
     """Weight of bad answers."""
     reference: ReferenceKind = "auto"
-    """Where the reference's log-probabilities come from. `auto`: the cheapest that is exact, and the run says which."""
+    """Where the reference's log-probabilities come from. `auto`: the cheapest that is exact, and the run says which.
+    `precomputed` is for apo_zero alone: kto asks about answers under other prompts, which are new in every step."""
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether it wants every answer once more, under another prompt of the step."""
+        return self.loss == "kto"
 
 
 class Reward(Objective):

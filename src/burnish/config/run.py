@@ -293,6 +293,8 @@ def reference_can_be_had(run: RunConfig) -> str | None:
         return "objective.reference: adapter_off needs an adapter; write precomputed or copy"
     if kind == "adapter_off" and run.adapter is not None and run.adapter.path is not None:
         return "objective.reference: adapter_off would be the model without adapter.path, which the run starts from; leave it out"
+    if kind == "precomputed" and not isinstance(run.objective, Plugin) and run.objective.mismatched:
+        return "objective.reference: precomputed cannot be had for kto, which asks about answers under other prompts; leave it out"
     if kind == "precomputed" and run.data.streaming:
         return "objective.reference: precomputed looks at every row before the run, which data.streaming does not let it"
     if sync is not None and kind in ("adapter_off", "precomputed"):

@@ -14,12 +14,15 @@ from burnish.data.types import Batch
 def keep_branches(batch: Batch, keep: Sequence[bool]) -> Batch:
     """The same batch without some branches: their tokens and predictions are gone, prompts stay, and what is counted stays too.
 
+    What the reference says must not be known yet.
+
     Everything is decided on the host; the device is only told which rows to take.
 
     Args:
         batch: With branches, each a segment of its own that no other hangs under.
         keep: One flag for each branch [B].
     """
+    assert "reference" not in batch.extras
     gone = {segment for segment, stays in zip(batch.branch_segments, keep, strict=True) if not stays}
     starts = (0, *batch.doc_ends[:-1])
     kept = [segment for segment in range(len(batch.doc_ends)) if segment not in gone]
@@ -36,8 +39,6 @@ def keep_branches(batch: Batch, keep: Sequence[bool]) -> Batch:
     extras = dict(batch.extras)
     extras["lengths"] = extras["lengths"][branch_index]
     extras["ends"] = moved_index[extras["ends"][branch_index]]
-    if "reference" in extras:
-        extras["reference"] = extras["reference"][prediction_index]
     return replace(
         batch,
         input_ids=batch.input_ids[token_index],

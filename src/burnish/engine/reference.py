@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from burnish.config.objectives import ReferenceKind, Sync
+from burnish.config.objectives import Objective, ReferenceKind, Sync
 from burnish.config.run import RunConfig
 from burnish.core.errors import DataError
 from burnish.core.log import console, info, warn
@@ -53,13 +53,14 @@ _WORDS: dict[str, str] = {
 _SAVED_EVERY = 200  # micro-batches: what a crash can cost
 
 
-def choose(asked: ReferenceKind, *, adapter_off: bool, moves: bool, looks: float | None) -> tuple[ReferenceKind, str]:
+def choose(asked: ReferenceKind, *, adapter_off: bool, moves: bool, mismatched: bool, looks: float | None) -> tuple[ReferenceKind, str]:
     """The kind of reference that costs least among those that are exact, and why.
 
     Args:
         asked: What the run file says.
         adapter_off: Whether the policy without its adapter is the model that the run starts from.
         moves: The reference follows the policy.
+        mismatched: It is asked about answers to other prompts as well, which meet anew in every step.
         looks: How often each example is looked at in the run, training and evaluation together, on the average; None where the rows are
             streamed, and so not known before the run.
     """
@@ -67,8 +68,9 @@ def choose(asked: ReferenceKind, *, adapter_off: bool, moves: bool, looks: float
         return asked, "as the run file says"
     if moves:
         return "copy", "it follows the policy"
-    if looks is None:
-        return ("adapter_off", "the rows are streamed") if adapter_off else ("copy", "the rows are streamed")
+    if looks is None or mismatched:
+        why = "the rows are streamed" if looks is None else "answers meet other prompts in every step"
+        return ("adapter_off", why) if adapter_off else ("copy", why)
     if not adapter_off:
         return "precomputed", "no second model in memory"
     if looks > 1.05:
@@ -106,6 +108,7 @@ def prepare(
         getattr(config.objective, "reference", "auto"),
         adapter_off=config.adapter is not None and config.adapter.path is None,  # a saved one is where the run starts from
         moves=getattr(config.objective, "sync", None) is not None,
+        mismatched=config.objective.mismatched if isinstance(config.objective, Objective) else False,
         looks=looks,
     )
     info(f"reference: {_WORDS.get(kind, kind)} ({why})")

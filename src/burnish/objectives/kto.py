@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from burnish.config.objectives import KTO
@@ -99,13 +100,10 @@ class KTOObjective:
         mine, other = keep_branches(batch, first), keep_branches(batch, [not own for own in first])
         with torch.no_grad():
             theirs = policy.token_stats(other).logprobs
-            if "reference" in mine.extras:
-                reference, known = mine.extras["reference"], reference_logprobs(policy, other)
-            else:
-                both = reference_logprobs(policy, batch)
-                is_own = torch.tensor(first).repeat_interleave(torch.tensor(batch.branches)).to(both.device)
-                reference, known = both[is_own], both[~is_own]
-        return _Own(mine, reference), branch_sums(other.token_weights * (theirs - known), other)
+            both = reference_logprobs(policy, batch)
+        is_own = np.repeat(first, batch.branches)
+        own, mismatched = (torch.as_tensor(np.flatnonzero(side)).to(both.device) for side in (is_own, ~is_own))
+        return _Own(mine, both[own]), branch_sums(other.token_weights * (theirs - both[mismatched]), other)
 
     def _metrics(self, ratio: torch.Tensor, logp: torch.Tensor, batch: Batch) -> dict[str, tuple[torch.Tensor, float]]:
         good = batch.extras["values"]
