@@ -10,6 +10,7 @@
     run.save()
 
     policy = burnish.load("HuggingFaceTB/SmolLM2-135M-Instruct", adapter={"rank": 16})   # the model in anyone's training code
+    reward = burnish.load_reward("runs/reward")      # a reward model: reward.score(conversations)
 
 Names are looked up when they are first used: `import burnish` imports no torch.
 """
@@ -23,24 +24,43 @@ from burnish.core.garbage import paused
 
 if TYPE_CHECKING:
     from burnish.core.errors import BurnishError
-    from burnish.data.types import Batch, Conversation, Message
+    from burnish.data.types import Batch, Conversation, Judged, Message, Pair
     from burnish.models.policy import Policy
     from burnish.objectives.base import Loss
+    from burnish.reward import RewardModel, load_reward
     from burnish.run import Run, load, train
 
 _HOMES = {
     "Batch": "burnish.data.types",
     "BurnishError": "burnish.core.errors",
     "Conversation": "burnish.data.types",
+    "Judged": "burnish.data.types",
     "Loss": "burnish.objectives.base",
     "Message": "burnish.data.types",
+    "Pair": "burnish.data.types",
     "Policy": "burnish.models.policy",
+    "RewardModel": "burnish.reward",
     "Run": "burnish.run",
     "load": "burnish.run",
+    "load_reward": "burnish.reward",
     "train": "burnish.run",
 }
 
-__all__ = ["Batch", "BurnishError", "Conversation", "Loss", "Message", "Policy", "Run", "load", "train"]
+__all__ = [
+    "Batch",
+    "BurnishError",
+    "Conversation",
+    "Judged",
+    "Loss",
+    "Message",
+    "Pair",
+    "Policy",
+    "RewardModel",
+    "Run",
+    "load",
+    "load_reward",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -57,6 +57,7 @@ from burnish.models.load import load_model
 from burnish.models.locate import locate
 from burnish.models.policy import Policy
 from burnish.models.save import save_model
+from burnish.models.score import Judges, attach_score
 from burnish.models.tokenizer import add_tokens, load_tokenizer
 from burnish.objectives.base import Loss, Objective
 
@@ -197,7 +198,8 @@ class Run:
         self.backend.seed(self.config.train.seed)  # the adapter's initial weights
         model = self.config.model
         with busy(f"loading {model.path}", spinner=locate(model.path).kind != "hub"):  # a download has a bar of its own
-            policy = build_policy(model, self.config.adapter, self.backend, self.tokenizer)
+            judges = None if isinstance(self.config.objective, Plugin) else self.config.objective.judges
+            policy = build_policy(model, self.config.adapter, self.backend, self.tokenizer, judges=judges)
             self._fit_activations(policy)
             if self.config.train.compile == "auto":
                 with self.backend.autocast():
@@ -410,12 +412,23 @@ def _dated(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"date": day or date.today().isoformat()})})
 
 
-def build_policy(model: Model, adapter: Adapter | None, backend: Backend, tokenizer: PreTrainedTokenizerFast) -> Policy:
-    """Loads a model, puts the adapter on it, and wraps both as a policy."""
-    whole = load_model(model, compute_dtype=backend.storage_dtype, device=backend.device, trainable=adapter is None, tokenizer=tokenizer)
+def build_policy(
+    model: Model, adapter: Adapter | None, backend: Backend, tokenizer: PreTrainedTokenizerFast, *, judges: Judges | None = None
+) -> Policy:
+    """Loads a model, puts the adapter on it, and a score head where it `judges`, and wraps all as a policy."""
+    whole = load_model(
+        model,
+        compute_dtype=backend.storage_dtype,
+        device=backend.device,
+        trainable=adapter is None,
+        tokenizer=tokenizer,
+        scorer=judges is not None,
+    )
     trained: nn.Module = whole
     if adapter is not None:
         trained = attach(whole, adapter, new_token_ids=add_tokens(tokenizer, model.new_tokens), revision=model.revision)
+    if judges is not None:
+        attach_score(trained, judges)
     return Policy(trained, tokenizer, attention=model.attention, kernels=model.kernels == "auto")
 
 

@@ -27,6 +27,9 @@ class Objective(Strict):
     learning_rate: ClassVar[float] = 2e-4
     """The default of `train.learning_rate`."""
 
+    judges: ClassVar[Literal["answers", "steps"] | None] = None
+    """What a score head judges, where there is one."""
+
     @property
     def mismatched(self) -> bool:
         """Whether it wants every answer once more, under another prompt of the step."""
@@ -182,6 +185,7 @@ class Reward(Objective):
 
     batch: ClassVar[BatchKind] = "pairs"
     learning_rate: ClassVar[float] = 1e-4
+    judges: ClassVar[Literal["answers", "steps"] | None] = "answers"
     kind: Literal["reward"] = "reward"
     """The objective's name."""
     centering: float = Field(default=0.0, ge=0)
@@ -195,6 +199,7 @@ class ProcessReward(Objective):
 
     batch: ClassVar[BatchKind] = "steps"
     learning_rate: ClassVar[float] = 1e-4
+    judges: ClassVar[Literal["answers", "steps"] | None] = "steps"
     kind: Literal["process_reward"] = "process_reward"
     """The objective's name."""
 

@@ -129,7 +129,8 @@ def cut(example: Example, limit: int, *, whole: bool = False) -> Example:
     values = example.values[: len(example.values) - lost] if whole else example.values
     ends = np.cumsum([piece.stop - piece.start for piece in pieces]).tolist()
     ids, weights = (np.concatenate([column[:0], *(column[piece] for piece in pieces)]) for column in (example.input_ids, example.weights))
-    return replace(example, input_ids=ids, weights=weights, ends=tuple(ends), parents=tuple(parents), values=values)
+    weight = float(len(values)) if whole else example.weight  # steps are counted one by one
+    return replace(example, input_ids=ids, weights=weights, ends=tuple(ends), parents=tuple(parents), values=values, weight=weight)
 
 
 def with_mismatched(examples: Sequence[Example]) -> list[Example]:

@@ -38,6 +38,7 @@ from burnish.config.sections import Adapter
 from burnish.core.errors import AdapterError, Where
 from burnish.kernels.experts import ExpertLora
 from burnish.kernels.lora import LoraWeights, Projection
+from burnish.models import score
 from burnish.models.hidden import hidden
 from burnish.models.locate import reading
 from burnish.models.quantized import is_nf4, weight_of
@@ -53,6 +54,7 @@ with hidden("bitsandbytes"):
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"
+_SCORE = f"base_model.model.{score.NAME}."
 _INITS: dict[str, Any] = {"default": True}
 _MOVES_BASE = ("pissa", "olora")  # these start from a part of the base weight, and take that part out of it
 _QUANTIZED = (torch.uint8, torch.int8)
@@ -105,7 +107,13 @@ def load(model: PreTrainedModel, path: str | Path, *, trainable: bool = False) -
     config.base_model_name_or_path = None  # PEFT writes where the base is here and now
     with _fitting(folder):
         state = load_file(folder / WEIGHTS_FILE)
+    scores = {name: state.pop(name) for name in list(state) if name.startswith(_SCORE)}
+    if scores:  # of a reward model; the model here is the causal LM that it was made from
+        config.task_type = "CAUSAL_LM"
+        config.modules_to_save = [name for name in config.modules_to_save or () if name != score.NAME] or None
     wrapped = _wrap(model, config)
+    if scores:
+        _put_score(wrapped, scores, trainable)
     with _fitting(folder):
         result = set_peft_model_state_dict(wrapped, state)
     missing = [name for name in result.missing_keys if f".{_NAME}" in name and ("lora_" in name or "modules_to_save" in name)]
@@ -126,11 +134,27 @@ def save(model: PeftModel, folder: Path) -> None:
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     if _moved_layers(model):
         state, config = _without_start(model, state, config)
+    if judges := score.judged_by(model):
+        head: Any = score.score_of(model)
+        state |= {f"{_SCORE}{name}": value for name, value in head.state_dict().items()}
+        config.task_type = score.TASKS[judges]
+        config.modules_to_save = [*(config.modules_to_save or ()), score.NAME]
     config.inference_mode = True
     save_file(
         {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}, folder / WEIGHTS_FILE, metadata={"format": "pt"}
     )
     config.save_pretrained(str(folder))
+
+
+def _put_score(model: PeftModel, state: dict[str, torch.Tensor], trainable: bool) -> None:
+    """The score head of a saved reward adapter, on the causal LM."""
+    weight, bias = state.get(f"{_SCORE}weight"), state.get(f"{_SCORE}bias")
+    if weight is None:
+        raise AdapterError(f"the adapter's score head has no weight, only {', '.join(state)}")
+    whole: Any = model.get_base_model()
+    head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=whole.device, dtype=torch.float32)
+    head.load_state_dict({name.removeprefix(_SCORE): value.float() for name, value in state.items()})
+    setattr(whole, score.NAME, head.requires_grad_(trainable))
 
 
 def merge(model: PeftModel) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from burnish.config.sections import Model
 from burnish.core.errors import ModelError
-from burnish.models import adapters
+from burnish.models import adapters, score
 from burnish.models.load import load_model
 from burnish.models.locate import locate
 from burnish.models.tokenizer import load_tokenizer, read_tokenizer
@@ -49,6 +49,7 @@ def load_for_inference(
     attention: str | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
+    scorer: bool = False,
 ) -> Loaded:
     """Loads a run folder (its `model/`), an adapter folder, or a model (hub id, folder, GGUF file, `package:NAME`).
 
@@ -59,6 +60,7 @@ def load_for_inference(
         attention: Name in transformers' AttentionInterface; None chooses.
         base: The base model of an adapter, where it is no longer where the adapter says.
         trust_remote_code: Run Python code that came with the (base) model.
+        scorer: A reward model is wanted, not one that writes.
 
     Raises:
         ModelError: when there is no such thing, or the run has not saved a model yet.
@@ -67,11 +69,13 @@ def load_for_inference(
     path = _trained(Path(target).expanduser()) or target
     folder = Path(path)
     config = adapters.read_config(adapters.find_adapter(path)) if (folder / adapters.CONFIG_FILE).is_file() else None
+    if config is not None and config.task_type in score.TASKS.values() and not scorer:
+        raise ModelError(f"'{target}' is a reward model, which scores answers and writes none", hint="In Python: burnish.load_reward.")
     source = path if config is None else _base_of(path, base or config.base_model_name_or_path)
     revision = config.revision if config is not None and base is None else None
     model = Model(path=source, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = _tokenizer(model, folder)
-    plain = load_model(model, compute_dtype=dtype, device=device, attention=attention)
+    plain = load_model(model, compute_dtype=dtype, device=device, attention=attention, scorer=scorer)
     if config is None:
         return Loaded(plain.eval(), tokenizer, source, tuned=False)
     _grow(plain, tokenizer)

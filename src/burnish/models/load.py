@@ -20,7 +20,10 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -32,6 +35,11 @@ from burnish.models.quantized import store_fp8
 from burnish.models.quiet import quiet
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SCORERS: dict[str, Any] = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+}
+"""Models that score text instead of writing it, by the end of their class's name."""
 _LISTED = 5  # this many names of weights stand in a message
 
 
@@ -43,6 +51,7 @@ def load_model(
     trainable: bool = False,
     attention: str | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    scorer: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal language model, in evaluation mode.
 
@@ -55,6 +64,7 @@ def load_model(
             config.json asks for is not followed: it may name code on the hub. `model.attention` is the caller's to translate.
         tokenizer: When given, the embeddings are grown to hold all its tokens if `model.new_tokens` asks for new ones, and it is an
             error if the tokenizer has more tokens than the model otherwise.
+        scorer: A classification model (a reward model) will do as well.
 
     Raises:
         ModelError: when the model cannot be loaded, or its weights are not exactly those that its configuration asks for.
@@ -73,6 +83,8 @@ def load_model(
     place = locate(model.path)
     with reading(model.path), quiet(downloads=place.kind == "hub"):
         loaded, report = _load(model, place, options, attention)
+    if not scorer and not loaded.can_generate():
+        raise ModelError(f"'{model.path}' is a {type(loaded).__name__}, expected a language model, which writes text")
     _check_complete(model.path, report)
     loaded.name_or_path = model.path if model.path.startswith("package:") else place.path  # what an adapter records as its base
     _train_padding(loaded)
@@ -139,7 +151,9 @@ def _from_folder_or_hub(model: Model, place: Location, options: dict[str, Any]) 
         require_hub(place.path, model.revision)
     else:
         _check_weight_files(Path(place.path))
-    loader: Any = AutoModelForCausalLM
+    config, _ = PreTrainedConfig.get_config_dict(place.path, revision=model.revision)
+    named = str(next(iter(config.get("architectures") or ()), ""))
+    loader: Any = next((kind for ending, kind in _SCORERS.items() if named.endswith(ending)), AutoModelForCausalLM)
     return loader.from_pretrained(
         place.path, revision=model.revision, trust_remote_code=model.trust_remote_code, use_safetensors=True, **options
     )

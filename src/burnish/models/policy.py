@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
+import torch.nn.functional as functional
 from torch import nn
 
 from burnish.core.errors import ModelError
@@ -27,6 +28,7 @@ from burnish.kernels.attention import Forest
 from burnish.kernels.casts import Casts
 from burnish.kernels.dispatch import AttentionKind
 from burnish.kernels.linear_ce import TokenStats, default_chunk, head_stats, head_stats_module, stats_from_logits
+from burnish.kernels.logit_rows import wide_dtype
 from burnish.models import activations
 from burnish.models.adapters import disabled, is_adapted
 from burnish.models.anatomy import alone, dissect, half_type, probe, rehearse
@@ -34,6 +36,7 @@ from burnish.models.compiled import try_compile
 from burnish.models.forest import Packed, install, last_hidden, run
 from burnish.models.offload import offload, storages
 from burnish.models.patch import KernelReport, patch
+from burnish.models.score import score_of
 
 _MEASURED = 64
 """Tokens that activations are measured on."""
@@ -110,6 +113,19 @@ class Policy:
         if self._refer and self._reference is not None:
             return self._reference.hidden(batch)
         return torch.cat([last_hidden(output)[-length:] for output, length in self._run(self.anatomy.backbone, batch)])
+
+    def scores(self, batch: Batch) -> torch.Tensor:
+        """The score head's outputs [B, n] at the last token of each branch (`extras["ends"]`), in fp32; see models/score.py.
+
+        Raises:
+            ModelError: The model has no score head.
+        """
+        head = score_of(self.model)
+        if head is None:
+            raise ModelError("the model has no score head, expected a reward model")
+        hidden = self.hidden(batch).index_select(0, batch.extras["ends"])
+        with torch.autocast(hidden.device.type, enabled=False):
+            return functional.linear(hidden.to(wide_dtype(hidden.dtype)), *_wide(head, hidden))
 
     @contextmanager
     def reference(self) -> Generator[None]:
@@ -281,7 +297,7 @@ class Policy:
         name = type(self.anatomy.whole).__name__
         if not self.anatomy.packed:
             warn(f"{name} is computed one segment at a time, exact but slower: {self.anatomy.doubts[-1]}")
-        if self.anatomy.head is None:
+        if self.anatomy.head is None and score_of(self.model) is None:
             warn(f"{name} is trained through its own full logits, exact but with more memory: {self.anatomy.doubts[0]}")
         if getattr(self.anatomy.whole.config, "output_router_logits", False):
             warn(f"{name} asks for the router's auxiliary loss (output_router_logits), which is not part of this objective")
@@ -326,6 +342,12 @@ class _EmbeddingNoise:
             return output
         size = self._alpha / (self._now * output.shape[-1]).sqrt()
         return output + torch.empty_like(output).uniform_(-1, 1) * size[None, :, None].to(output.dtype)
+
+
+def _wide(head: nn.Linear, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of a score head in fp32, or fp64 where the hidden states are that."""
+    dtype, bias = wide_dtype(hidden.dtype), cast("torch.Tensor | None", head.bias)
+    return head.weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _is_plain_linear(head: nn.Module) -> TypeGuard[nn.Linear]:

@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from burnish.core.errors import ModelError, Where
 from burnish.models import adapters
 from burnish.models.quiet import quiet
+from burnish.models.score import as_classifier, judged_by
 
 
 def save_model(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path | str, *, dtype: torch.dtype | None = None) -> Path:
@@ -42,10 +43,13 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path | st
     inner: Any = model if isinstance(model, PreTrainedModel) or adapters.is_adapted(model) else model.model
     target = Path(folder)
     with quiet(), _replacing(target) as fresh:
+        judges = judged_by(inner)
         if adapters.is_adapted(inner):
             adapters.save(inner, fresh)
-        else:
+        elif judges is None:
             _save_whole(inner, fresh, dtype)
+        else:
+            _save_whole(as_classifier(inner, judges, tokenizer), fresh, dtype)
         _save_tokenizer(tokenizer, fresh)
     return target
 

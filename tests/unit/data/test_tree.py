@@ -88,7 +88,7 @@ def test_a_step_is_kept_whole_or_not_at_all() -> None:
     assert paths(solution) == [2, 4, 6]
     made = cut(solution, 5, whole=True)
     assert parts(made) == [[1, 2], [3, 4]]
-    assert made.values == (1.0,)
+    assert (made.values, made.weight) == ((1.0,), 1.0)
     assert usable(made)
     assert not usable(cut(solution, 3, whole=True))
 
