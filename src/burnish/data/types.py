@@ -161,6 +161,9 @@ class Batch:
         values     float32 [V]   the examples' values one after another: [E] margins or labels, [B] labels of steps
         weights    float32 [E]   what each example counts in the loss
         reference  float32 [K]   the reference model's log-probabilities, where they are known already
+
+    A *mismatched* answer (KTO) is the answer of another example, put under the prompt as a second branch: then branches alternate, own
+    answer and mismatched one, and `reference` covers the own answers alone.
     """
 
     input_ids: torch.Tensor  # int64 [T]
@@ -175,6 +178,8 @@ class Batch:
     last: bool = True  # the last micro-batch of its optimiser step
     examples: int = 0  # examples in this micro-batch
     branches: tuple[int, ...] = ()  # B: trained predictions of each branch; empty: examples have none
+    branch_segments: tuple[int, ...] = ()  # B: the segment of each branch
+    good: int = 0  # of judged answers: how many are good
     step_tokens: float = 0.0  # weight of the trained tokens in the first branches of all examples of the step, on all ranks
     extras: dict[str, torch.Tensor] = field(default_factory=lambda: {})  # noqa: PIE807  # typed, where dict itself would not be
 
