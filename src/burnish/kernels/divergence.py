@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVa
 
 from burnish.kernels.linear_ce import Gradients, product_dtype, times
 from burnish.kernels.logit_rows import Head, compute_dtype, default_chunk, shape, through_shape, wide, wide_dtype
-from burnish.kernels.matmul import mm_wide
+from burnish.kernels.matmul import linear, mm_wide
 
 __all__ = [
     "CASES",
@@ -182,9 +182,18 @@ def weighted_divergence_reference(
 ) -> tuple[torch.Tensor, DivergenceStats]:
     """`weighted_divergence` with all logits at once and autograd's gradients: the oracle of the tests and the baseline of benchmarks."""
     spec = _spec(student, teacher, kind, mix, temperature, sft_weight, vocabulary)
+
+    def logits(head: HeadInputs) -> torch.Tensor:
+        z = head.hidden
+        if head.weight is not None:
+            z = F.linear(z, head.weight, head.bias)
+        elif head.module is not None:
+            z = head.module(z)
+        return shape(wide(z), head.softcap, head.scale)[:, : spec.vocabulary]
+
     with torch.no_grad():
-        theirs = _logits(teacher, slice(None), spec.vocabulary)
-    losses, fields = _plain(_logits(student, slice(None), spec.vocabulary), theirs, targets, spec)
+        theirs = logits(teacher)
+    losses, fields = _plain(logits(student), theirs, targets, spec)
     return (row_weights * losses).sum(), DivergenceStats(*fields)
 
 
@@ -306,14 +315,18 @@ def _through_module(
 
 
 def _logits(head: HeadInputs, part: slice, vocabulary: int) -> torch.Tensor:
-    """Finished logits [C, vocabulary] of some rows, in fp32 (fp64 for fp64)."""
+    """Finished logits [C, vocabulary] of some rows, in fp32 (fp64 for fp64). Autograd does not see through a head's `weight`."""
     hidden = head.hidden[part]
     if head.weight is not None:
         compute = compute_dtype(hidden, head.weight)
-        w, bias = head.weight[:vocabulary], head.bias
+        h, w = hidden.to(compute), head.weight[:vocabulary].to(compute)
+        bias = head.bias[:vocabulary] if head.bias is not None else None
         with torch.autocast(hidden.device.type, enabled=False):
-            z = mm_wide(hidden.to(compute), w.to(compute).t())
-            z = z if bias is None else z + bias[:vocabulary]
+            if hidden.device.type == "cuda":  # keeps the product's fp32 sums
+                z = mm_wide(h, w.t())
+                z = z if bias is None else z.add_(bias)
+            else:
+                z = linear(h, w, bias.to(compute) if bias is not None else None)
     else:
         z = (hidden if head.module is None else head.module(hidden))[..., :vocabulary]
     return shape(wide(z), head.softcap, head.scale)
