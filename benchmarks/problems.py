@@ -286,9 +286,6 @@ def head_sizes(device: str, tokens: int) -> list[tuple[str, Case]]:
     return [(name, {"k": tokens // 2, "h": width, "v": vocabulary}) for name, (width, vocabulary) in heads.items()]
 
 
-# Two heads compared
-
-
 def divergence(module: ModuleType, case: Case, dtype: torch.dtype, device: torch.device) -> Problem:
     rows, width, other, vocabulary = case["k"], case["h"], case["teacher_h"], case["v"]
     inputs = {

@@ -127,7 +127,8 @@ def test_nobody_computes_more_than_is_needed():
     plain = objective(policy, batch).sum
     objective.begin_step(policy, [known], alone)
     torch.testing.assert_close(objective(policy, known).sum, plain)
-    assert policy.asked[1:] == [("reference", 4, prompts + mismatched), *lean]
+    torch.testing.assert_close(objective(policy, replace(batch)).sum, plain)  # another object than the step began with
+    assert policy.asked[1:4] == [("reference", 4, prompts + mismatched), *lean]
 
 
 def test_ranks_share_one_baseline_and_placeholders_take_part():
