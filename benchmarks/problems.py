@@ -286,6 +286,40 @@ def head_sizes(device: str, tokens: int) -> list[tuple[str, Case]]:
     return [(name, {"k": tokens // 2, "h": width, "v": vocabulary}) for name, (width, vocabulary) in heads.items()]
 
 
+def divergence(module: ModuleType, case: Case, dtype: torch.dtype, device: torch.device) -> Problem:
+    rows, width, other, vocabulary = case["k"], case["h"], case["teacher_h"], case["v"]
+    inputs = {
+        "hidden": normal(rows, width, dtype=dtype, device=device),
+        "weight": normal(vocabulary, width, dtype=dtype, device=device, scale=width**-0.5),
+        "teacher_hidden": normal(rows, other, dtype=dtype, device=device),
+        "teacher_weight": normal(vocabulary, other, dtype=dtype, device=device, scale=other**-0.5),
+    }
+    targets, weights = torch.randint(vocabulary, (rows,)).to(device), torch.rand(rows).to(device)
+
+    def call(function: Callable[..., Any], given: Inputs) -> Outputs:
+        student = module.HeadInputs(given["hidden"], vocabulary, given["weight"])
+        teacher = module.HeadInputs(given["teacher_hidden"], vocabulary, given["teacher_weight"])
+        return (function(student, teacher, targets, weights, kind=case.get("kind", "forward_kl"))[0],)
+
+    products = 2.0 * rows * vocabulary * (width * (3 if case.get("trained") else 2) + other)
+    moved = (2.0 * vocabulary * width + vocabulary * other + rows * (3.0 * width + other)) * dtype.itemsize
+    trained = ("hidden", "weight") if case.get("trained") else ("hidden",)
+    run, plain = module.weighted_divergence, module.weighted_divergence_reference
+    return Problem(inputs, lambda given, _: call(run, given), lambda given: call(plain, given), trained, (moved, products))
+
+
+def divergence_sizes(device: str, tokens: int) -> list[tuple[str, Case]]:
+    heads = {"8b to 1b": (2048, 4096, 128256)} if device == "cuda" else {"smollm2": (576, 960, 49152)}
+    return [(name, {"k": tokens // 2, "h": h, "teacher_h": other, "v": v}) for name, (h, other, v) in heads.items()]
+
+
+DIVERGENCE_CASES: list[tuple[str, Case]] = [
+    (f"{kind}{', trained' if trained else ''}", {"k": 131, "h": 64, "teacher_h": 96, "v": 2011, "kind": kind, "trained": trained})
+    for kind in ("forward_kl", "reverse_kl", "js")
+    for trained in (False, True)
+]
+
+
 # AdamW
 
 
@@ -457,6 +491,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("lora", lora, lora_sizes),
     Listed("lora_mlp", lora_mlp, mlp_sizes, listed=tuple(MLP_CASES)),
     Listed("linear_ce", linear_ce, head_sizes, listed=tuple(HEAD_CASES)),
+    Listed("divergence", divergence, divergence_sizes, ("torch",), tuple(DIVERGENCE_CASES)),
     Kernel("experts", experts, expert_sizes),
     Kernel("adamw", adamw, adamw_sizes),
     Listed("attention", attention, attention_sizes, ("auto", "sdpa", "varlen", "native", "gemm"), tuple(ATTENTION_CASES)),

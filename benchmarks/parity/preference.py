@@ -3,8 +3,8 @@
     make peers                      once
     python -m benchmarks.parity.preference [--only dpo,kto] [--steps 5]
 
-Each tool reads the same texts and tokenises by itself. Every variant trains the same few steps from the same adapter, whose untouched copy is
-the reference; loss and gradient norm of every step are compared. burnish shares prompts and packs, TRL pads. The table is written to
+Each tool reads the same texts and tokenises by itself. Every variant trains the same few steps from the same adapter, whose untouched copy
+is the reference; loss and gradient norm of every step are compared. burnish shares prompts and packs, TRL pads. The table is written to
 benchmarks/parity/PREFERENCE.md.
 """
 
@@ -123,8 +123,10 @@ def prepare(folder: Path, variants: list, arguments: argparse.Namespace) -> dict
         {"prompt": row["prompt"], "completion": row["chosen" if number % 3 else "rejected"], "label": bool(number % 3)}
         for number, row in enumerate(rows)
     ]
-    short = [{**row, "prompt": "\n"} for row in rows]
-    for name, content in (("pairs", rows), ("judged", judged), ("short", short)):
+    # TRL's trainers for CPO and ORPO put a first token before every prompt, and its ORPO learns prompts, too: none is left to learn.
+    begun = [{**row, "prompt": tokenizer.bos_token + row["prompt"]} for row in rows]
+    short = [{**row, "prompt": tokenizer.bos_token} for row in rows]
+    for name, content in (("pairs", rows), ("judged", judged), ("begun", begun), ("short", short)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     job = {
         "folder": str(folder),
@@ -145,7 +147,7 @@ def as_strings(row: dict) -> dict[str, str]:
 
 def train_here(job: dict, trainer: str, objective: dict) -> list[dict]:
     folder = job["folder"]
-    rows = {"kto": "judged", "orpo": "short"}.get(trainer, "pairs")
+    rows = {"kto": "judged", "orpo": "short", "cpo": "begun"}.get(trainer, "pairs")
     run = burnish.Run.from_config(
         {
             "model": f"{folder}/model",
@@ -175,7 +177,7 @@ def train_there(job: dict) -> dict[str, list[dict]]:
     if not python.exists():
         sys.exit("TRL is not installed: run 'make peers' first")
     script, file = Path(__file__).with_name("trl_preference.py"), f"{job['folder']}/job.json"
-    done = subprocess.run([python, script, file], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([python, script, file], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"TRL failed:\n{done.stderr[-4000:]}")
     return json.loads(Path(job["folder"], "theirs.json").read_text())
@@ -202,9 +204,10 @@ def compare(ours: dict[str, list], theirs: dict[str, list], arguments: argparse.
         print(lines[-1], flush=True)
     head = (
         "# The first steps of the preference objectives beside TRL's\n\n"
-        f"Made by `python -m benchmarks.parity.preference`: {arguments.steps} steps of {arguments.batch_size} rows, SmolLM2-135M with LoRA of "
-        "rank 16 on all linear layers, fp32, fast modules on; beta 0.1 where nothing else is said. Worst: the largest relative difference "
-        f"of any step; equal: no more than {LOSS_TOLERANCE:g} in the loss and {NORM_TOLERANCE:g} in the gradient norm.\n\n"
+        f"Made by `python -m benchmarks.parity.preference`: {arguments.steps} steps of {arguments.batch_size} rows, SmolLM2-135M with "
+        "LoRA of rank 16 on all linear layers, fp32, fast modules on; beta 0.1 where nothing else is said. "
+        "Worst: the largest relative difference of any step; "
+        f"equal: no more than {LOSS_TOLERANCE:g} in the loss and {NORM_TOLERANCE:g} in the gradient norm.\n\n"
     )
     if not arguments.only:
         arguments.output.write_text(head + "\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""TRL's side of the comparison: runs inside .peers/trl, reads the job that preference.py wrote, trains every variant, writes what it saw."""
+"""TRL's side of the comparison: runs inside .peers/trl, reads the job of preference.py, trains every variant, writes what it saw."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 TRAINERS = {
     "dpo": (DPOTrainer, DPOConfig, "pairs"),
-    "cpo": (CPOTrainer, CPOConfig, "pairs"),
+    "cpo": (CPOTrainer, CPOConfig, "begun"),
     "orpo": (ORPOTrainer, ORPOConfig, "short"),
     "kto": (KTOTrainer, KTOConfig, "judged"),
     "reward": (RewardTrainer, RewardConfig, "pairs"),

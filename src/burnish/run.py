@@ -23,18 +23,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from burnish.build import build_objective, build_policy, build_teacher
 from burnish.config.dump import dump_run, resolved
 from burnish.config.load import load_run, parse_run
-from burnish.config.objectives import Plugin, batch_kind
+from burnish.config.objectives import Distill, Plugin, batch_kind
 from burnish.config.run import RunConfig
 from burnish.config.sections import Adapter, Model
-from burnish.core import plugins
 from burnish.core.errors import CheckpointError, ConfigError, Interrupted, Where
 from burnish.core.log import busy, info
 from burnish.data.account import Account
@@ -52,13 +51,10 @@ from burnish.engine.report import write_report
 from burnish.engine.resume import identity_of, refuse_another_run
 from burnish.engine.step import Stepper, StepResult, begin_step
 from burnish.models.activations import free_memory
-from burnish.models.adapters import attach
-from burnish.models.load import load_model
 from burnish.models.locate import locate
 from burnish.models.policy import Policy
 from burnish.models.save import save_model
-from burnish.models.score import Judges, attach_score
-from burnish.models.tokenizer import add_tokens, load_tokenizer
+from burnish.models.tokenizer import load_tokenizer
 from burnish.objectives.base import Loss, Objective
 
 DEFAULT_BATCH_SIZE = 32
@@ -222,7 +218,15 @@ class Run:
     @cached_property
     def objective(self) -> Objective:
         """What is minimised."""
-        return build_objective(self.config, self.base)
+        teacher = self.teacher if isinstance(self.config.objective, Distill) else None
+        return build_objective(self.config, self.base, teacher=teacher)
+
+    @cached_property
+    def teacher(self) -> Policy:
+        """The model that a distilled one learns from, frozen."""
+        objective = cast(Distill, self.config.objective)
+        with busy(f"loading the teacher {objective.teacher}"):
+            return build_teacher(objective.teacher, self.backend, self.tokenizer)
 
     @cached_property
     def job(self) -> loop.Job:
@@ -410,62 +414,6 @@ def _dated(config: RunConfig) -> RunConfig:
     except ConfigError:  # not a file of ours, or of another version: what it says does not matter here
         day = None
     return config.model_copy(update={"data": config.data.model_copy(update={"date": day or date.today().isoformat()})})
-
-
-def build_policy(
-    model: Model, adapter: Adapter | None, backend: Backend, tokenizer: PreTrainedTokenizerFast, *, judges: Judges | None = None
-) -> Policy:
-    """Loads a model, puts the adapter on it, and a score head where it `judges`, and wraps all as a policy."""
-    whole = load_model(
-        model,
-        compute_dtype=backend.storage_dtype,
-        device=backend.device,
-        trainable=adapter is None,
-        tokenizer=tokenizer,
-        scorer=judges is not None,
-    )
-    trained: nn.Module = whole
-    if adapter is not None:
-        trained = attach(whole, adapter, new_token_ids=add_tokens(tokenizer, model.new_tokens), revision=model.revision)
-    if judges is not None:
-        attach_score(trained, judges)
-    return Policy(trained, tokenizer, attention=model.attention, kernels=model.kernels == "auto")
-
-
-def build_objective(config: RunConfig, base: Path) -> Objective:
-    """The objective of a run: a built-in kind, or one of the user's own.
-
-    Raises:
-        ConfigError: there is none of that name, or it does not take the given options.
-    """
-    settings = config.objective
-    if not isinstance(settings, Plugin):
-        return plugins.built_in("objectives", settings.kind).build(settings)
-    made = plugins.load("objectives", settings.kind, base)
-    if not isinstance(made, type):
-        if settings.options:
-            raise ConfigError(
-                f"a function takes no options, found {', '.join(settings.options)}", where=Where(field=f"objective {settings.kind}")
-            )
-        return _Function(made)
-    try:
-        options = made.Config(**settings.options) if hasattr(made, "Config") else settings.options
-        return made(options) if hasattr(made, "Config") else made(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"does not take these options: {error}", where=Where(field=f"objective {settings.kind}")) from error
-
-
-class _Function:
-    """A plain function `(policy, batch) -> Loss or scalar sum` as an objective."""
-
-    needs_reference = False
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
-
-    def __call__(self, policy: Any, batch: Batch) -> Loss:
-        made = self._function(policy, batch)
-        return made if isinstance(made, Loss) else Loss(made)
 
 
 def train(path: str | Path, *overrides: str, callbacks: Sequence[Callback] = ()) -> loop.Outcome:

@@ -24,9 +24,10 @@ pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_avai
 # The interpreter rounds bf16 in its own way, so only a GPU can be asked about it.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 NAMES = {kernel.name: kernel for kernel in KERNELS if kernel.module() is not None}
-OWN = ("attention", "experts")  # kernels with tests of their own
+OWN = ("attention", "experts", "divergence")  # kernels with tests of their own
 TRITON = [(name, title, dtype) for name in NAMES if name not in OWN for title, _ in NAMES[name].cases() for dtype in DTYPES]
 EXPERTS = [(title, dtype) for title, case in NAMES["experts"].cases() if case["tokens"] for dtype in DTYPES]
+DIVERGENCE = [(title, dtype) for title, _ in NAMES["divergence"].cases() for dtype in DTYPES]
 ATTENTION = [(title, dtype) for title, _ in NAMES["attention"].cases() for dtype in DTYPES]
 
 
@@ -42,6 +43,12 @@ def test_triton_is_no_further_from_the_truth_than_plain_torch(name: str, title: 
     problem = kernel.problem(dict(kernel.cases())[title], dtype, DEVICE)
     require(kernel, problem, "triton")
     compare(problem, "triton")
+
+
+@pytest.mark.parametrize(("title", "dtype"), DIVERGENCE, ids=label)
+def test_two_heads_compared(title: str, dtype: torch.dtype) -> None:
+    kernel = NAMES["divergence"]
+    compare(kernel.problem(dict(kernel.cases())[title], dtype, DEVICE), "torch")
 
 
 @pytest.mark.parametrize(("title", "dtype"), ATTENTION, ids=label)

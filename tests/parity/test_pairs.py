@@ -152,10 +152,12 @@ def test_the_reference_moves_towards_the_policy():
     policy.move_reference(0.25)
     for name, value in policy.kept_reference.items():
         torch.testing.assert_close(value, before[name] + 0.25)
+
+
 def test_judged_answers_do_not_depend_on_the_cut_either():
     policy = Policy(lora("llama"))
     answers = [grow([side], values=(float(place),), weight=1.0) for both in sides() for place, side in enumerate(both)]
+    whole = train_once(policy, cut(answers, mismatched=True), KTOObjective(KTO()))
     pieces = cut(answers, 25, mismatched=True)
     assert len(pieces) > 1
-
-
+    assert_same(train_once(policy, pieces, KTOObjective(KTO())), whole)

@@ -148,7 +148,7 @@ class TestFinished:
         assert train()[0] == 0
         weights = Path("runs/one/model/adapter_model.safetensors")
         written = weights.stat().st_mtime_ns
-        monkeypatch.setattr("burnish.run.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+        monkeypatch.setattr("burnish.build.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
         code, said = train()
         assert code == 0
         assert "already finished after 3 steps: " in said and str(Path("runs/one/model")) in said
@@ -175,7 +175,7 @@ class TestFinished:
         train()
         before = contents()
         with monkeypatch.context() as patched:
-            patched.setattr("burnish.run.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+            patched.setattr("burnish.build.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
             assert train(change)[0] == 2
         assert contents() == before
         assert "already finished after 3 steps" in train()[1]

@@ -161,6 +161,9 @@ class Batch:
         values     float32 [V]   the examples' values one after another: [E] margins or labels, [B] labels of steps
         weights    float32 [E]   what each example counts in the loss
         reference  float32 [K]   the reference model's log-probabilities, where they are known already
+
+    A *mismatched* answer (KTO) is the answer of another example, put under the prompt as a second branch: then branches alternate, own
+    answer and mismatched one, and `reference` covers the own answers alone.
     """
 
     input_ids: torch.Tensor  # int64 [T]

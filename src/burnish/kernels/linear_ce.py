@@ -262,7 +262,7 @@ class _HeadStats(torch.autograd.Function):
         frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         # fp16 products need the loss scale inside dz, or small probabilities vanish: there the gradient is taken late.
         early = frozen and head.compute is not torch.float16 and not head.want & {"logsumexp", "mean_logit"}
-        gradients = _Gradients(hidden, weight, bias, (True, False, False), _product_dtype(hidden, head)) if early else None
+        gradients = Gradients(hidden, weight, bias, (True, False, False), product_dtype(hidden, head)) if early else None
         with torch.autocast(ctx.device_type, enabled=False):
             stats = _forward(hidden, weight, bias, targets, head, gradients)
         # An early gradient needs nothing more, unless the entropy turns out to be differentiated too.
@@ -283,7 +283,7 @@ class _HeadStats(torch.autograd.Function):
             if logp is None:
                 return (None,) * 5
             if direction is not None:
-                return _times(direction, logp[:, None], ctx.dtype), None, None, None, None
+                return times(direction, logp[:, None], ctx.dtype), None, None, None, None
         with torch.autocast(ctx.device_type, enabled=False):
             gradients = _backward(hidden, weight, bias, targets, ctx.head, upstream[:4], ctx.needs_input_grad[:3])
         return *gradients, None, None
@@ -304,7 +304,7 @@ class _WeightedNLL(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.dtypes = tuple(x.dtype if x is not None else None for x in (hidden, weight, bias))
-        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3], _product_dtype(hidden, head))
+        gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad[:3], product_dtype(hidden, head))
         factors = -row_weights.to(wide_dtype(hidden.dtype))
         with torch.autocast(hidden.device.type, enabled=False):
             stats = _forward(hidden, weight, bias, targets, head, gradients, factors)
@@ -319,11 +319,11 @@ class _WeightedNLL(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         if upstream is None:
             return (None,) * 6
-        scaled = (_times(x, upstream, dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        scaled = (times(x, upstream, dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *scaled, None, None, None
 
 
-class _Gradients:
+class Gradients:
     """Gradients of the head's inputs, gathered over the chunks: that of `hidden` in `dtype`, those of weight and bias in fp32."""
 
     def __init__(
@@ -358,7 +358,7 @@ def _forward(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     head: Head,
-    gradients: _Gradients | None = None,
+    gradients: Gradients | None = None,
     factors: torch.Tensor | None = None,
 ) -> Fields:
     """The statistics; adds up the gradients of the sum of `factors` (default: ones) times logprobs where `gradients` is given."""
@@ -389,7 +389,7 @@ def _backward(
     """Gradients of hidden, weight and bias from those of (logprobs, logsumexp, mean_logit, entropy)."""
     w, wide = weight.to(head.compute), wide_dtype(hidden.dtype)
     upstream = tuple(g.to(wide).contiguous() if g is not None else None for g in upstream)
-    gradients = _Gradients(hidden, weight, bias, needs, hidden.dtype)
+    gradients = Gradients(hidden, weight, bias, needs, hidden.dtype)
     for part, z, h in chunks(hidden, w, bias, head):
         rows = tuple(g[part] if g is not None else None for g in upstream)
         gradients.add(part, logit_gradient(z, targets[part], rows, head), h, w, None)
@@ -397,12 +397,12 @@ def _backward(
     return tuple(x.to(like.dtype) if x is not None and like is not None else None for x, like in parts)
 
 
-def _times(x: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+def times(x: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """`factor x`, rounded to `dtype` once."""
     return None if x is None else torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
 
 
-def _product_dtype(hidden: torch.Tensor, head: Head) -> torch.dtype:
+def product_dtype(hidden: torch.Tensor, head: Head) -> torch.dtype:
     """What early gradients are kept in until their factor is known, as wide as products come: on CUDA in fp32, so as to round once."""
     return wide_dtype(hidden.dtype) if hidden.device.type == "cuda" else torch.promote_types(hidden.dtype, head.compute)
 

@@ -139,7 +139,7 @@ def statistics(z: torch.Tensor, y: torch.Tensor, head: Head, gradient: bool) -> 
     if not gradient:
         return fields, None
     dz = p.neg_().scatter_add_(-1, y, torch.ones_like(top))
-    return fields, _through_shape(dz, z, head).to(head.compute)
+    return fields, through_shape(dz, z, head).to(head.compute)
 
 
 def logit_gradient(z: torch.Tensor, y: torch.Tensor, upstream: tuple[torch.Tensor | None, ...], head: Head) -> torch.Tensor:
@@ -166,7 +166,7 @@ def logit_gradient(z: torch.Tensor, y: torch.Tensor, upstream: tuple[torch.Tenso
         dz.scatter_add_(-1, y, g_logp)
     if g_mean is not None:
         dz += g_mean / z.shape[-1]
-    return _through_shape(dz, z, head).to(head.compute)
+    return through_shape(dz, z, head).to(head.compute)
 
 
 def tempered(softcap: float | None, scale: float, temperature: float) -> tuple[float | None, float]:
@@ -181,7 +181,7 @@ def shape(z: torch.Tensor, softcap: float | None, scale: float) -> torch.Tensor:
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def _through_shape(dz: torch.Tensor, z: torch.Tensor, head: Head) -> torch.Tensor:
+def through_shape(dz: torch.Tensor, z: torch.Tensor, head: Head) -> torch.Tensor:
     """The gradient before `shape` from the one after it; z is the shaped logit. In place."""
     if head.softcap is not None:
         dz *= 1 - (z / head.softcap).square()

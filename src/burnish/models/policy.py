@@ -27,6 +27,7 @@ from burnish.data.types import Batch
 from burnish.kernels.attention import Forest
 from burnish.kernels.casts import Casts
 from burnish.kernels.dispatch import AttentionKind
+from burnish.kernels.divergence import HeadInputs
 from burnish.kernels.linear_ce import TokenStats, default_chunk, head_stats, head_stats_module, stats_from_logits
 from burnish.kernels.logit_rows import wide_dtype
 from burnish.models import activations
@@ -107,6 +108,20 @@ class Policy:
         if _is_plain_linear(anatomy.head):
             return head_stats(hidden, anatomy.head.weight, batch.targets, bias=anatomy.head.bias, **shape)
         return head_stats_module(hidden, anatomy.head, anatomy.vocabulary, batch.targets, **shape)
+
+    def head_inputs(self, batch: Batch) -> HeadInputs:
+        """Hidden states [K, H] at the batch's rows and the head, for objectives that compare whole distributions."""
+        if self._refer and self._reference is not None:
+            return self._reference.head_inputs(batch)
+        head, vocabulary = self.anatomy.head, self.anatomy.vocabulary
+        if head is None:
+            logits = self._own_logits(batch)
+            return HeadInputs(logits, logits.shape[-1])
+        hidden = self.hidden(batch).index_select(0, batch.rows)
+        shape: dict[str, Any] = {"softcap": self.anatomy.softcap, "scale": self.anatomy.scale}
+        if _is_plain_linear(head):
+            return HeadInputs(hidden, head.weight.shape[0], head.weight, head.bias, **shape)
+        return HeadInputs(hidden, vocabulary, module=head, **shape)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Last hidden states [T, H], after the final norm."""

@@ -1,121 +1,199 @@
-"""KTO: learn from answers that are judged good or bad, each by itself (2402.01306, equations 7 and 8).
+"""KTO: learn from answers that are judged good or bad, each by itself (2402.01306).
 
-    r    = log pi(y|x) - log ref(y|x)                                    the log-ratio of an answer
-    z0   = max(0, mean over the step of log pi(y'|x) - log ref(y'|x))    y' is the answer to another prompt of the step
-    loss = desirable_weight   (1 - sigma(beta (r - z0)))                 for a good answer
-           undesirable_weight (1 - sigma(beta (z0 - r)))                 for a bad one
+With r = sum over an answer's tokens of log p / p_ref, the reward is beta r. Each answer is judged against a baseline z0 (equations 7, 8):
 
-z0 estimates the KL divergence of the policy from the reference, and has no gradient. It is taken over all micro-batches and ranks of a step
-before the first loss, so it does not depend on how the step is cut. `apo_zero` is the same with z0 = 0 (2408.06266, unpaired).
+    good    loss = w_good (1 - sigmoid(beta (r - z0)))
+    bad     loss = w_bad  (1 - sigmoid(beta (z0 - r)))
+
+z0 estimates the KL divergence of policy and reference: the mean of r over *mismatched* answers, each prompt with the answer of another
+example of the step, and not below 0. No gradient goes through it. The mean is over the whole optimiser step on all ranks, so it does not
+depend on how the step is cut into micro-batches. A step of one example has nothing to mismatch: there z0 is 0.
+
+`apo_zero` (2408.06266, the unpaired form) is the same with z0 = 0: good answers become likelier than the reference makes them, bad ones
+less likely.
+
+The engine divides the sum by the sum of the examples' weights, so good and bad answers are averaged together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
-import numpy as np
 import torch
 
 from burnish.config.objectives import KTO
-from burnish.core.errors import TrainingError
 from burnish.data.select import keep_branches
 from burnish.data.types import Batch
-from burnish.objectives._pairs import distance
 from burnish.objectives.base import Loss, Policy, Totals, branch_sums, reference_logprobs
 
 
-def kto(logratio: torch.Tensor, good: torch.Tensor, baseline: torch.Tensor | float, config: KTO) -> torch.Tensor:
-    """The loss of each answer [E].
+def kto(
+    log_ratios: torch.Tensor,
+    good: torch.Tensor,
+    z0: float | torch.Tensor,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> torch.Tensor:
+    """The loss of each judged answer, [E] (2402.01306, equations 7 and 8).
 
     Args:
-        logratio: [E] summed log-ratio of policy and reference.
-        good: [E] 1 for a good answer, 0 for a bad one.
-        baseline: The step's z0; 0 for `apo_zero`.
-        config: Weights and beta.
+        log_ratios: [E] summed log-ratio of policy and reference, in nats.
+        good: [E] 1 (or True) for good answers, 0 for bad ones.
+        z0: The baseline, in nats, 0 or more.
+        beta: Scale of the reward.
+        desirable_weight: Weight of good answers.
+        undesirable_weight: Weight of bad answers.
     """
-    weight = torch.where(good > 0, config.desirable_weight, config.undesirable_weight)
-    return weight * (1 - torch.sigmoid((2 * good - 1) * config.beta * (logratio - baseline)))
+    good = good.to(log_ratios.dtype)
+    weight = undesirable_weight + (desirable_weight - undesirable_weight) * good
+    return weight * torch.sigmoid(beta * (1 - 2 * good) * (log_ratios - z0))  # 1 - sigmoid(x) = sigmoid(-x)
 
 
-@dataclass(frozen=True, slots=True)
-class _Own:
-    """A micro-batch without its mismatched answers, and the reference's log-probabilities of what is left [K]."""
+def apo_zero(
+    log_ratios: torch.Tensor, good: torch.Tensor, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> torch.Tensor:
+    """The loss of each judged answer, [E], without a baseline (2408.06266, equation 7, for answers that are not in pairs).
 
-    batch: Batch
-    reference: torch.Tensor
+    Args:
+        log_ratios: As in `kto`, like every argument.
+        good: Which answers are good.
+        beta: Scale of the reward.
+        desirable_weight: Of good answers.
+        undesirable_weight: Of bad ones.
+    """
+    return kto(log_ratios, good, 0.0, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
 
 
 class KTOObjective:
-    """KTO over judged answers.
+    """KTO and APO-zero on judged answers.
 
-    Metrics: `reward_chosen` and `reward_rejected` (beta times the log-ratio of good and of bad answers), `logp_chosen`, `logp_rejected`,
-    `reward_accuracy` (the share of answers whose log-ratio is on the right side of z0, a tie counts half), `baseline` (z0), and `kl` as
-    for DPO.
+    Where `needs_mismatched`, every example of a step with more than one brings a second branch, the answer of another example:
+    `begin_step` asks for those alone, and the loss computes the own answers alone.
+
+    Metrics: `reward_chosen` and `reward_rejected`, the mean reward beta r of good and of bad answers; `logp_chosen`, `logp_rejected`, the
+    mean of their summed log-probabilities; `reward_accuracy`, the share of answers on the right side of the baseline; `kl`, the baseline.
     """
 
     needs_reference = True
 
     def __init__(self, config: KTO) -> None:
         self.config = config
-        self._own: dict[int, _Own] = {}
-        self._baseline = 0.0
+        self.needs_mismatched = config.loss == "kto"
+        self._z0: float | None = None if self.needs_mismatched else 0.0
+        self._own: dict[int, tuple[Batch, Batch]] = {}  # by identity: the batch as given, and its own answers with their reference
 
     def begin_step(self, policy: Policy, batches: Sequence[Batch], totals: Totals) -> None:
-        """Computes z0 without gradients. The reference's pass serves the answers themselves as well, where it is not known already."""
-        self._own, self._baseline = {}, 0.0
-        if self.config.loss == "apo_zero":
-            return
-        amount, count = 0.0, 0.0
-        for batch in batches:
-            mine, ratios = self._split(policy, batch)
-            self._own[id(batch)] = mine
-            amount, count = amount + float(ratios.sum()), count + len(ratios)
-        amount, count = totals({"baseline": (amount, count)})["baseline"]
-        self._baseline = max(0.0, amount / count) if count else 0.0
+        """Estimates z0 from the mismatched answers of all micro-batches: one pass of the policy, one of the reference, no gradients.
 
-    def __call__(self, policy: Policy, batch: Batch) -> Loss:
-        """The summed loss of one micro-batch; `batch.weight` is the weight of its answers.
+        Every rank makes the same number of passes, placeholders included, for strategies that compute together.
 
         Raises:
-            TrainingError: the micro-batch is a part of a step that `begin_step` has not seen.
+            ValueError: A batch has neither one branch an example nor two.
         """
-        if self.config.loss == "kto" and id(batch) not in self._own:
-            if batch.weight != batch.step_weight:
-                raise TrainingError("kto compares with the mean over the whole step, so begin_step must see all its micro-batches first")
-            self.begin_step(policy, [batch], dict)
-        own = self._own.pop(id(batch), None)
-        batch, reference = (own.batch, own.reference) if own else (batch, reference_logprobs(policy, batch))
-        logprobs = policy.token_stats(batch).logprobs
-        ratio = branch_sums(batch.token_weights * (logprobs - reference), batch)
-        losses = kto(ratio, batch.extras["values"], self._baseline, self.config)
-        metrics = self._metrics(ratio.detach(), branch_sums(batch.token_weights * logprobs.detach(), batch), batch)
-        return Loss((batch.extras["weights"] * losses).sum(), metrics | distance(logprobs, reference))
-
-    def _split(self, policy: Policy, batch: Batch) -> tuple[_Own, torch.Tensor]:
-        """The answers themselves, and the log-ratio of each mismatched one [E]; none where the step has one answer only."""
-        if len(batch.branches) == batch.examples:
-            return _Own(batch, reference_logprobs(policy, batch)), batch.token_weights[:0]
-        first = [place % 2 == 0 for place in range(len(batch.branches))]
-        mine, other = keep_branches(batch, first), keep_branches(batch, [not own for own in first])
+        self._own.clear()
+        if not self.needs_mismatched:
+            return
+        found = sum(batch.examples for batch in batches if _has_mismatched(batch))
+        _, count = totals({"kl": (0.0, float(found))})["kl"]
+        self._z0 = 0.0
+        if not count:
+            return
+        shares: list[torch.Tensor] = []
         with torch.no_grad():
-            theirs = policy.token_stats(other).logprobs
-            both = reference_logprobs(policy, batch)
-        is_own = np.repeat(first, batch.branches)
-        own, mismatched = (torch.as_tensor(np.flatnonzero(side)).to(both.device) for side in (is_own, ~is_own))
-        return _Own(mine, both[own]), branch_sums(other.token_weights * (theirs - both[mismatched]), other)
+            for batch in batches:
+                mismatched = self._split(policy, batch)
+                reference = reference_logprobs(policy, mismatched)
+                ratios = policy.token_stats(mismatched).logprobs - reference
+                if _has_mismatched(batch):
+                    shares.append((mismatched.token_weights * ratios).sum(dtype=torch.float64))
+        amount = float(torch.stack(shares).sum()) if shares else 0.0
+        amount, count = totals({"kl": (amount, float(found))})["kl"]
+        self._z0 = max(0.0, amount / count)
 
-    def _metrics(self, ratio: torch.Tensor, logp: torch.Tensor, batch: Batch) -> dict[str, tuple[torch.Tensor, float]]:
-        good = batch.extras["values"]
-        side = (2 * good - 1) * (ratio - self._baseline)
-        right = (side > 0).float() + 0.5 * (side == 0).float()
-        found = {"reward_accuracy": (right.sum(), float(batch.examples)), "baseline": (logp.new_tensor(self._baseline), 1.0)}
-        for name, label in (("chosen", 1.0), ("rejected", 0.0)):
-            if count := sum(value == label for value in batch.values):
-                mine = (good == label).float()
-                found[f"reward_{name}"] = (self.config.beta * (mine * ratio).sum(), float(count))
-                found[f"logp_{name}"] = ((mine * logp).sum(), float(count))
-        return found
+    def __call__(self, policy: Policy, batch: Batch) -> Loss:
+        """The summed loss of one micro-batch; `batch.weight`, the sum of the examples' weights, is what it sums over.
+
+        Raises:
+            ValueError: The loss is `kto` and no step was begun.
+        """
+        if self._z0 is None:
+            raise ValueError("kto needs the baseline of the step, expected a call of begin_step before the first loss")
+        own = self._own_answers(batch)
+        reference = reference_logprobs(policy, own)
+        logprobs = policy.token_stats(own).logprobs
+        if not own.branches:  # a placeholder
+            return Loss(logprobs.sum())
+        logp = branch_sums(own.token_weights * logprobs, own)
+        log_ratios = logp - branch_sums(own.token_weights * reference, own)
+        good = own.extras["values"].to(log_ratios.dtype)
+        losses = kto(
+            log_ratios,
+            good,
+            self._z0,
+            beta=self.config.beta,
+            desirable_weight=self.config.desirable_weight,
+            undesirable_weight=self.config.undesirable_weight,
+        )
+        return Loss((own.extras["weights"] * losses).sum(), self._metrics(own, logp.detach(), log_ratios.detach(), good))
+
+    def _metrics(
+        self, own: Batch, logp: torch.Tensor, log_ratios: torch.Tensor, good: torch.Tensor
+    ) -> dict[str, tuple[torch.Tensor, float]]:
+        z0, count = self._z0 or 0.0, float(own.examples)
+        metrics = {"reward_accuracy": (((log_ratios > z0) == (good > 0.5)).sum(), count)}
+        rewards = self.config.beta * log_ratios
+        right = sum(value > 0.5 for value in own.values)
+        for name, mask, answers in (("chosen", good, right), ("rejected", 1 - good, own.examples - right)):
+            if answers:
+                metrics[f"reward_{name}"] = ((mask * rewards).sum(), float(answers))
+                metrics[f"logp_{name}"] = ((mask * logp).sum(), float(answers))
+        if self.needs_mismatched:
+            metrics["kl"] = (torch.full((), z0 * count, device=logp.device), count)
+        return metrics
+
+    def _split(self, policy: Policy, batch: Batch) -> Batch:
+        """The mismatched answers, with their reference; own answers are kept for the loss, with theirs.
+
+        Where the reference is not known yet, one pass over the whole tree answers for both.
+        """
+        known = "reference" in batch.extras
+        if known and _has_mismatched(batch):
+            return keep_branches(_without_reference(batch), (False, True) * batch.examples)
+        whole = batch if known else replace(batch, extras={**batch.extras, "reference": reference_logprobs(policy, batch)})
+        if not _has_mismatched(batch):  # a placeholder
+            self._own[id(batch)] = batch, whole
+            return whole
+        self._own[id(batch)] = batch, keep_branches(whole, (True, False) * batch.examples)
+        return keep_branches(whole, (False, True) * batch.examples)
+
+    def _own_answers(self, batch: Batch) -> Batch:
+        """The batch without mismatched answers."""
+        given, own = self._own.get(id(batch), (None, batch))
+        if given is batch or not _has_mismatched(batch):
+            return own
+        own = keep_branches(_without_reference(batch), (True, False) * batch.examples)
+        if "reference" in batch.extras:
+            own.extras["reference"] = batch.extras["reference"]
+        return own
+
+
+def _has_mismatched(batch: Batch) -> bool:
+    """Whether every example has a mismatched answer beside its own.
+
+    Raises:
+        ValueError: Some have and some have not, or branches are no answers.
+    """
+    if len(batch.branches) not in (batch.examples, 2 * batch.examples):
+        raise ValueError(f"found {len(batch.branches)} branches of {batch.examples} judged answers, expected one or two of each")
+    return len(batch.branches) > batch.examples
+
+
+def _without_reference(batch: Batch) -> Batch:
+    """The reference covers own answers alone, which is not what `keep_branches` cuts."""
+    return replace(batch, extras={name: value for name, value in batch.extras.items() if name != "reference"})
 
 
 build = KTOObjective

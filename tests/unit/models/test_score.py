@@ -18,6 +18,7 @@ from transformers import (
     FalconForCausalLM,
 )
 
+from burnish.build import build_policy
 from burnish.config.objectives import ProcessReward, Reward
 from burnish.config.sections import Adapter, Model
 from burnish.core.errors import ModelError
@@ -32,7 +33,6 @@ from burnish.models.tokenizer import load_tokenizer
 from burnish.objectives.process_reward import ProcessRewardObjective
 from burnish.objectives.reward import RewardObjective
 from burnish.reward import RewardModel, load_reward
-from burnish.run import build_policy
 
 LORA = Adapter(rank=4, alpha=8)
 
