@@ -23,7 +23,7 @@ from burnish.core.garbage import paused
 
 if TYPE_CHECKING:
     from burnish.core.errors import BurnishError
-    from burnish.data.types import Batch, Conversation, Message
+    from burnish.data.types import Batch, Completion, Conversation, Judged, Message, Pair, Stepwise
     from burnish.models.policy import Policy
     from burnish.objectives.base import Loss
     from burnish.run import Run, load, train
@@ -31,16 +31,34 @@ if TYPE_CHECKING:
 _HOMES = {
     "Batch": "burnish.data.types",
     "BurnishError": "burnish.core.errors",
+    "Completion": "burnish.data.types",
     "Conversation": "burnish.data.types",
+    "Judged": "burnish.data.types",
     "Loss": "burnish.objectives.base",
     "Message": "burnish.data.types",
+    "Pair": "burnish.data.types",
     "Policy": "burnish.models.policy",
     "Run": "burnish.run",
+    "Stepwise": "burnish.data.types",
     "load": "burnish.run",
     "train": "burnish.run",
 }
 
-__all__ = ["Batch", "BurnishError", "Conversation", "Loss", "Message", "Policy", "Run", "load", "train"]
+__all__ = [
+    "Batch",
+    "BurnishError",
+    "Completion",
+    "Conversation",
+    "Judged",
+    "Loss",
+    "Message",
+    "Pair",
+    "Policy",
+    "Run",
+    "Stepwise",
+    "load",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

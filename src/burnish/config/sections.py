@@ -21,7 +21,7 @@ from burnish.config.base import (
     read_warmup,
 )
 
-FORMATS = ("alpaca", "sharegpt", "messages", "prompt_completion", "text", "tokens")
+FORMATS = ("alpaca", "sharegpt", "messages", "prompt_completion", "text", "tokens", "preference", "judged", "stepwise")
 
 
 Role = Literal["system", "user", "assistant", "tool"]

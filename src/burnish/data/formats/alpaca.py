@@ -26,12 +26,21 @@ def convert(fields: Fields) -> Conversation | None:
     Raises:
         RowError: a field is missing or no text.
     """
-    asked = [fields.text("instruction"), fields.optional_text("input") or ""]
-    question = "\n".join(part for part in asked if part.strip())
+    question = asked(fields)
     answer = fields.text("output")
     if not answer.strip():
         return None
-    return conversation(fields, [*_history(fields), Message("user", question), Message("assistant", answer)])
+    return conversation(fields, [*question, Message("assistant", answer)])
+
+
+def asked(fields: Fields) -> tuple[Message, ...]:
+    """The turns before the answer: the history, and the instruction with its input.
+
+    Raises:
+        RowError: a field is missing or no text.
+    """
+    parts = [fields.text("instruction"), fields.optional_text("input") or ""]
+    return (*_history(fields), Message("user", "\n".join(part for part in parts if part.strip())))
 
 
 def _history(fields: Fields) -> Iterator[Message]:

@@ -89,12 +89,27 @@ def conversation(fields: Fields, messages: Sequence[Message]) -> Conversation | 
     Raises:
         RowError: the order of turns makes no sense, or the tools are malformed.
     """
-    if all(_is_blank(message) for message in messages if message.role not in ("system", "developer")):
+    if all(is_blank(message) for message in messages if message.role not in ("system", "developer")):
         return None
     _check_order(messages, fields.row.where())
-    if all(_is_blank(message) for message in messages if message.role == "assistant"):
+    if all(is_blank(message) for message in messages if message.role == "assistant"):
         return None
     return Conversation(tuple(_with_system(fields, messages)), _tools(fields))
+
+
+def whole(fields: Fields, messages: Sequence[Message]) -> Conversation:
+    """Messages with the row's system prompt and tools, checked; blank ones too.
+
+    Raises:
+        RowError: the order of turns makes no sense, or the tools are malformed.
+    """
+    _check_order(messages, fields.row.where())
+    return Conversation(tuple(_with_system(fields, messages)), _tools(fields))
+
+
+def is_blank(message: Message) -> bool:
+    """Whether a message says nothing: no text, no reasoning and no call."""
+    return not (message.content.strip() or message.tool_calls or (message.reasoning or "").strip())
 
 
 def read_calls(value: object, where: Where) -> tuple[ToolCall, ...]:
@@ -302,10 +317,6 @@ def _tools(fields: Fields) -> tuple[Mapping[str, Any], ...]:
     tools = value if is_list(value) else [value]
     read = (from_json(tool, where) if isinstance(tool, str) else tool for tool in tools)
     return tuple(as_object(tool, where, "a tool's JSON schema") for tool in read)
-
-
-def _is_blank(message: Message) -> bool:
-    return not (message.content.strip() or message.tool_calls or (message.reasoning or "").strip())
 
 
 def _at(where: Where, below: str) -> Where:
