@@ -80,8 +80,16 @@ def joined(fields: Fields, name: str, prompt: Side | None, answer: Side) -> tupl
         return after, None
     if repeated := _overlap(before, after):
         return before[: len(before) - repeated] + after, None
-    if after[0].role in ("assistant", "tool") or (before[-1].role == "assistant" and after[0].role == "user"):
+    if before[-1].role == "assistant":
+        if 1 < len(before) <= len(after) and all(map(_same, before[:-1], after)):  # the prompt has one of the answers in it
+            return after, None
+        if after[0].role == "assistant":
+            raise RowError("the prompt ends with an assistant turn, so nothing is left to answer", where=fields.where("prompt"))
         return before + after, len(before)
+    if after[0].role == "assistant":
+        return before + after, len(before)
+    if before[-1].role in ("system", "developer"):
+        return before + after, None
     if isinstance(prompt, str) and any(_asks(message, prompt.strip()) for message in after):
         return after, None
     raise RowError(f"the answer begins with a {after[0].role} message, but nothing in it repeats the prompt", where=fields.where(name))

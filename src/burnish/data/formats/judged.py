@@ -82,13 +82,10 @@ def _answer(fields: Fields) -> Answer | None:
 
 
 def _label(fields: Fields) -> bool:
-    value = fields.get("label")
-    truth = _truth(value)
+    truth = _truth(fields.get("label"))
     if truth is None:
-        raise RowError(
-            f"expected true or false, 1 or 0, or good or bad, found {kind_of(value)}",
-            where=fields.where("label"),
-        )
+        found = kind_of(fields.row.fields.get(fields.column("label")))
+        raise RowError(f"expected true or false, 1 or 0, or good or bad, found {found}", where=fields.where("label"))
     return truth
 
 

@@ -5,6 +5,7 @@ The answers are texts, messages (one or a list; `role`/`content` or `from`/`valu
 
     prompt, question, input              a text or messages; text beside texts is trained as it stands, without a chat template
     conversations, messages              messages
+    input: {messages, tools}             the same, as OpenAI has them beside `preferred_output` and `non_preferred_output`
     instruction, input, history          a user turn, as in alpaca
     none, conversations                  the turns that the answers share; the rest is compared
     none, transcripts                    the same, with turns at "\n\nHuman:" and "\n\nAssistant:" (HH)
@@ -16,6 +17,7 @@ An answer that repeats the prompt counts as a whole conversation. With a `system
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from burnish.core.errors import RowError
 from burnish.data.formats._answers import (
@@ -31,7 +33,7 @@ from burnish.data.formats._answers import (
     refuse_system,
     says_nothing,
 )
-from burnish.data.formats.base import Fields, Shape, is_list, kind_of
+from burnish.data.formats.base import Fields, Shape, is_list, is_object, kind_of
 from burnish.data.types import Answer, Completion, Message, Pair
 
 _NAMES = (
@@ -40,6 +42,7 @@ _NAMES = (
     ("response_chosen", "response_rejected"),
     ("chosen_answer", "rejected_answer"),
     ("answer_chosen", "answer_rejected"),
+    ("preferred_output", "non_preferred_output"),
     ("output", "output"),
 )
 SHAPE = Shape(
@@ -73,6 +76,7 @@ def convert(fields: Fields) -> Pair | None:
         RowError: a field is missing, a message malformed, or an answer does not end with an assistant turn.
         FormatError: there is a system prompt for plain texts.
     """
+    fields = _unwrapped(fields)
     chosen, rejected = (read_side(fields, name, value) for name, value in zip(SHAPE.required, _values(fields), strict=True))
     prompt = read_prompt(fields)
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -105,6 +109,17 @@ def _pair(fields: Fields, chosen: Answer, rejected: Answer) -> Pair:
     better, worse = (fields.number(name, 0.0) for name in ("score_chosen", "score_rejected"))
     margin = better - worse if scores else fields.number("margin", 0.0)
     return Pair(chosen, rejected, margin, fields.number("weight", 1.0, least=0.0))
+
+
+def _unwrapped(fields: Fields) -> Fields:
+    """OpenAI's rows have messages and tools inside `input`; they become columns."""
+    prompt = fields.get("prompt")
+    if not is_object(prompt) or "messages" not in prompt:
+        return fields
+    inside = {f"{fields.column('prompt')}.{name}": prompt[name] for name in ("messages", "tools") if name in prompt}
+    columns = {name: f"{fields.column('prompt')}.{key}" for name, key in (("prompt", "messages"), ("tools", "tools")) if key in prompt}
+    row = replace(fields.row, fields={**fields.row.fields, **inside})
+    return Fields(row, replace(fields.binding, columns={**fields.binding.columns, **columns}))
 
 
 def _values(fields: Fields) -> Sequence[object]:

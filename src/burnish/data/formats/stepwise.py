@@ -36,7 +36,7 @@ def convert(fields: Fields) -> Stepwise | None:
         as_list(fields.json(name), fields.where(name), what) for name, what in (("steps", "texts"), ("labels", "true or false"))
     )
     if len(labels) != len(steps):
-        raise RowError(f"there are {len(labels)} labels for {len(steps)} steps", where=fields.where("labels"))
+        raise RowError(f"expected one label for each of {len(steps)} steps, found {len(labels)}", where=fields.where("labels"))
     texts = tuple(as_text(step, fields.row.where(f"{fields.column('steps')}[{i}]")) for i, step in enumerate(steps))
     marks = tuple(_mark(fields, label, i) for i, label in enumerate(labels))
     return Stepwise(prompt, texts, marks) if any(text.strip() for text in texts) else None
