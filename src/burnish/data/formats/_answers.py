@@ -135,10 +135,15 @@ def refuse_system(fields: Fields) -> None:
     if not (fields.binding.system or "system" in fields.binding.columns):
         return
     prompt = fields.binding.columns.get("prompt")
+    mapped = (
+        f", or write 'columns: {{instruction: {prompt}}}' beside the data set's path to have them put into the chat template"
+        if prompt
+        else ""
+    )
     raise FormatError(
         "a system prompt needs a conversation, but the answers are plain texts here",
         where=fields.where("system"),
-        hint=f"Write 'columns: {{instruction: {prompt or 'PROMPT'}}}' beside the data set's path to have them put into the chat template.",
+        hint=f"Give the answers as lists of messages{mapped}.",
     )
 
 

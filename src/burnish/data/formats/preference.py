@@ -16,6 +16,7 @@ An answer that repeats the prompt counts as a whole conversation. With a `system
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -80,16 +81,13 @@ def convert(fields: Fields) -> Pair | None:
     chosen, rejected = (read_side(fields, name, value) for name, value in zip(SHAPE.required, _values(fields), strict=True))
     prompt = read_prompt(fields)
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is None:
-            if "prompt" in fields.binding.columns:
-                fields.text("prompt")  # a prompt that is missing in this row alone is not guessed
-            chosen, rejected, prompt = _divided(fields, chosen, rejected)
-        if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-            if not (chosen.strip() or rejected.strip()):
-                return None
-            refuse_system(fields)
-            return _pair(fields, Completion(prompt, chosen), Completion(prompt, rejected))
-    return _conversations(fields, prompt, chosen, rejected)
+        chosen, rejected, prompt = _divided(fields, prompt, chosen, rejected)
+    if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
+        return _conversations(fields, prompt, chosen, rejected)
+    if not (chosen.strip() or rejected.strip()):
+        return None
+    refuse_system(fields)
+    return _pair(fields, Completion(prompt, chosen), Completion(prompt, rejected))
 
 
 def _conversations(fields: Fields, prompt: Side | None, chosen: Side, rejected: Side) -> Pair | None:
@@ -106,8 +104,11 @@ def _pair(fields: Fields, chosen: Answer, rejected: Answer) -> Pair:
     scores = [name for name in ("score_chosen", "score_rejected") if name in fields.binding.columns]
     if len(scores) == 1:
         raise RowError("a margin needs both scores, but only one is mapped", where=fields.where(scores[0]))
-    better, worse = (fields.number(name, 0.0) for name in ("score_chosen", "score_rejected"))
+    better, worse = (fields.number(name, math.nan) for name in ("score_chosen", "score_rejected"))
     margin = better - worse if scores else fields.number("margin", 0.0)
+    if math.isnan(margin):
+        missing = scores[0] if math.isnan(better) else scores[1]
+        raise RowError("the score is missing, which the margin needs", where=fields.where(missing))
     return Pair(chosen, rejected, margin, fields.number("weight", 1.0, least=0.0))
 
 
@@ -136,9 +137,15 @@ def _values(fields: Fields) -> Sequence[object]:
     return both
 
 
-def _divided(fields: Fields, chosen: str, rejected: str) -> tuple[Side, Side, str | None]:
-    """(chosen, rejected, prompt) of texts that have the prompt in them."""
+def _divided(fields: Fields, prompt: Side | None, chosen: str, rejected: str) -> tuple[Side, Side, Side | None]:
+    """(chosen, rejected, prompt) of texts, which may have the prompt in them."""
+    if prompt is None and "prompt" in fields.binding.columns:
+        fields.text("prompt")  # a prompt that is missing in this row alone is not guessed
     dialogues = is_transcript(chosen), is_transcript(rejected)
+    if prompt is not None:
+        front = prompt.strip() if isinstance(prompt, str) else ""
+        repeated = all(dialogues) and front and all(answer.lstrip().startswith(front) for answer in (chosen, rejected))
+        return (read_transcript(chosen), read_transcript(rejected), None) if repeated else (chosen, rejected, prompt)
     if all(dialogues):
         return read_transcript(chosen), read_transcript(rejected), None
     if any(dialogues):

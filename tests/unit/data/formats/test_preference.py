@@ -225,9 +225,12 @@ def test_transcripts_are_read_as_conversations() -> None:
     assert turns({"chosen": f"Human: {said}\n\nAssistant: b", "rejected": f"Human: {said}\n\nAssistant: c"})[0] == f"user:{said}"
 
 
-def test_transcripts_beside_a_prompt_are_texts() -> None:
-    fields = {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b", "rejected": " c"}
-    assert pair(fields) == Pair(Completion(fields["prompt"], " b"), Completion(fields["prompt"], " c"))
+def test_transcripts_beside_a_prompt() -> None:
+    prompt = "\n\nHuman: a\n\nAssistant:"
+    fields = {"prompt": prompt, "chosen": " b", "rejected": " c"}
+    assert pair(fields) == Pair(Completion(prompt, " b"), Completion(prompt, " c"))
+    whole = {"prompt": prompt, "chosen": f"{prompt} b", "rejected": f"{prompt} c"}
+    assert turns(whole) == ("user:a", "assistant:b", "assistant:c")
 
 
 def test_text_that_only_looks_like_json_stays_text() -> None:
@@ -386,3 +389,6 @@ def test_malformed_rows(fields: dict[str, Any], message: str) -> None:
 def test_half_of_the_scores() -> None:
     said = malformed({**TEXTS, "score_chosen": 1}, "preference", columns={"score_chosen": "score_chosen"})
     assert said == "field 'score_chosen': a margin needs both scores, but only one is mapped"
+    both = {"score_chosen": "good", "score_rejected": "bad"}
+    said = malformed({**TEXTS, "good": 1, "bad": None}, "preference", columns=both)
+    assert said == "field 'bad': the score is missing, which the margin needs"
