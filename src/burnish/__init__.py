@@ -10,7 +10,7 @@
     run.save()
 
     policy = burnish.load("HuggingFaceTB/SmolLM2-135M-Instruct", adapter={"rank": 16})   # the model in anyone's training code
-    reward = burnish.load_reward("runs/reward")      # a reward model: reward.score(conversations)
+    reward = burnish.load_reward("runs/reward")     # a reward model at work: reward.score(conversations)
 
 Names are looked up when they are first used: `import burnish` imports no torch.
 """
@@ -24,7 +24,7 @@ from burnish.core.garbage import paused
 
 if TYPE_CHECKING:
     from burnish.core.errors import BurnishError
-    from burnish.data.types import Batch, Conversation, Judged, Message, Pair
+    from burnish.data.types import Batch, Completion, Conversation, Judged, Message, Pair, Stepwise
     from burnish.models.policy import Policy
     from burnish.objectives.base import Loss
     from burnish.reward import RewardModel, load_reward
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Batch": "burnish.data.types",
     "BurnishError": "burnish.core.errors",
+    "Completion": "burnish.data.types",
     "Conversation": "burnish.data.types",
     "Judged": "burnish.data.types",
     "Loss": "burnish.objectives.base",
@@ -41,6 +42,7 @@ _HOMES = {
     "Policy": "burnish.models.policy",
     "RewardModel": "burnish.reward",
     "Run": "burnish.run",
+    "Stepwise": "burnish.data.types",
     "load": "burnish.run",
     "load_reward": "burnish.reward",
     "train": "burnish.run",
@@ -49,6 +51,7 @@ _HOMES = {
 __all__ = [
     "Batch",
     "BurnishError",
+    "Completion",
     "Conversation",
     "Judged",
     "Loss",
@@ -57,6 +60,7 @@ __all__ = [
     "Policy",
     "RewardModel",
     "Run",
+    "Stepwise",
     "load",
     "load_reward",
     "train",

@@ -91,4 +91,4 @@ def load_reward(target: str, *, precision: Precision = "auto", base: str | None 
 
 def _read(dialogue: Sequence[Mapping[str, Any]], number: int) -> Conversation:
     fields = Fields(Row("dialogues", number, {"messages": list(dialogue)}), Binding({}))
-    return messages.checked(fields, messages.read_messages(fields, "messages", fields.json("messages")))
+    return messages.whole(fields, messages.read_messages(fields, "messages", fields.json("messages")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import shutil
 import signal
@@ -116,7 +117,10 @@ def test_a_tracker_that_cannot_start_leaves_no_run_folder(train: Train, monkeypa
         def __init__(self, project: str, **options: object) -> None:
             raise RuntimeError("no API key")
 
-    monkeypatch.setattr("burnish.engine.backend.importlib.util.find_spec", lambda name: object())
+    real = importlib.util.find_spec  # the whole process sees the patched one
+    monkeypatch.setattr(
+        "burnish.engine.backend.importlib.util.find_spec", lambda name, *rest: object() if name == "wandb" else real(name, *rest)
+    )
     monkeypatch.setattr("burnish.engine.backend.LOGGER_TYPE_TO_CLASS", {"wandb": Locked})
     code, said = train("track=[wandb]")
     assert code == 2 and "the tracker 'wandb' could not start: no API key" in said

@@ -13,7 +13,7 @@ from burnish.core.errors import BurnishError
 
 
 def test_the_recipes() -> None:
-    assert recipes.names() == ["full", "lora", "pretrain", "qlora", "reference", "sft"]
+    assert recipes.names() == ["dpo", "full", "kto", "lora", "orpo", "pretrain", "qlora", "reference", "reward", "sft", "simpo"]
 
 
 @pytest.mark.parametrize("name", [name for name in recipes.names() if name != "reference"])
@@ -45,7 +45,7 @@ def test_list_and_print(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "words"),
     [
         (["new", "sftt"], "no recipe 'sftt'; did you mean 'sft'?"),
-        (["new"], "needs a name: full, lora"),
+        (["new"], "needs a name: dpo, full, kto, lora"),
         (["lst"], "unknown action 'lst'; did you mean 'list'?"),
         (["new", "sft", "-o", "there.yaml"], "there.yaml exists already, and is left as it is"),
         (["new", "sft", "-o", "no/such/run.yaml"], "there is no folder no/such"),

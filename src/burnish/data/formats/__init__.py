@@ -6,7 +6,8 @@ A format `foo` is the module `foo.py` beside this one, with
     looks_like(fields)    whether a row is of this format (for detection)
     convert(fields)       the row's meaning, None where the row is empty; RowError where it is malformed
 
-and its name in `config.sections.FORMATS`. A format of your own is a function in a file, `format: ./my_format.py:convert`, see `OwnFormat`.
+and its name in `config.sections.FORMATS`, and here in `OF_KIND`, by what objectives learn from. A format of your own is a function in a
+file, `format: ./my_format.py:convert`, see `OwnFormat`.
 """
 
 from __future__ import annotations
@@ -14,38 +15,35 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, cast, get_args
+from typing import Any, Protocol, cast
 
 from burnish.config.sections import FORMATS, Source
 from burnish.core import plugins
 from burnish.core.errors import FormatError, RowError, Where, did_you_mean, nearest
-from burnish.data.formats.base import Binding, Fields, Shape, kind_of, listed, spelled
+from burnish.data.formats.base import Binding, Fields, Shape, is_list, is_object, kind_of, listed, spelled
 from burnish.data.sources.remote import shown_name
 from burnish.data.sources.row import Row
 from burnish.data.types import BatchKind, Completion, Conversation, Item, Judged, Pair, Stepwise, Text, Tokens
 
-__all__ = ["BuiltInFormat", "Format", "OwnFormat", "choose"]
+__all__ = ["OF_KIND", "BuiltInFormat", "Format", "OwnFormat", "choose"]
 
-_ITEMS: dict[BatchKind, tuple[type[Item], ...]] = {
-    "tokens": (Conversation, Completion, Text, Tokens),
-    "pairs": (Pair,),
-    "judged": (Judged, Pair),
-    "steps": (Stepwise,),
-}
-"""What the rows may mean to each kind of objective. Pairs are taken apart into judged answers where these are wanted."""
-_FORMATS: dict[BatchKind, tuple[str, ...]] = {
+OF_KIND: Mapping[BatchKind, tuple[str, ...]] = {
     "tokens": ("alpaca", "sharegpt", "messages", "prompt_completion", "text", "tokens"),
     "pairs": ("preference",),
     "judged": ("judged", "preference"),
     "steps": ("stepwise",),
 }
-_WANTED: dict[BatchKind, str] = {
-    "tokens": "text to learn",
-    "pairs": "two answers to each prompt, one of them preferred (chosen, rejected)",
-    "judged": "answers with a label that says whether they are good, or pairs (chosen, rejected)",
-    "steps": "solutions in steps with a label for each (prompt, completions, labels)",
+"""The formats whose rows an objective can learn from, by what it compares. Judged answers may come from pairs, which are taken apart."""
+
+_ALL_ITEMS = (Conversation, Completion, Text, Tokens, Pair, Judged, Stepwise)
+_ITEMS: Mapping[BatchKind, tuple[type[Item], ...]] = {
+    "tokens": (Conversation, Completion, Text, Tokens),
+    "pairs": (Pair,),
+    "judged": (Judged, Pair),
+    "steps": (Stepwise,),
 }
-_WITHOUT_SYSTEM = ("text", "tokens")
+_WITHOUT_SYSTEM = ("text", "tokens", "stepwise")
+_TAKEN_APART = "each pair is two judged answers"
 
 
 class Format(Protocol):
@@ -92,6 +90,8 @@ class BuiltInFormat:
     binding: Binding
     unused: tuple[str, ...] = ()
     """Columns that the format does not look at."""
+    note: str = ""
+    """What else the log says about it."""
 
     @property
     def name(self) -> str:
@@ -101,7 +101,7 @@ class BuiltInFormat:
     @property
     def columns(self) -> list[str]:
         """The columns that it reads."""
-        return [column for given, column in self.binding.columns.items() if given not in self.kind.shape.inner]
+        return list(dict.fromkeys(column for given, column in self.binding.columns.items() if given not in self.kind.shape.inner))
 
     @property
     def required(self) -> dict[str, str]:
@@ -124,8 +124,9 @@ class BuiltInFormat:
 
     def describe(self) -> str:
         """`prompt_completion (question, answer; unused: id)`."""
+        note = f"; {self.note}" if self.note else ""
         unused = f"; unused: {', '.join(self.unused)}" if self.unused else ""
-        return f"{self.name} ({', '.join(self.columns)}{unused})"
+        return f"{self.name} ({', '.join(self.columns)}{note}{unused})"
 
 
 @dataclass(slots=True)
@@ -133,28 +134,28 @@ class OwnFormat:
     """A function of the user's: `convert(row: dict) -> item`.
 
     It may return an item of `burnish.data.types`, a dict that a built-in format understands (`{"messages": [...]}`, `{"prompt": ...,
-    "completion": ...}`, `{"prompt": ..., "chosen": ..., "rejected": ...}`), a text, or None for an empty row. `kind` is what the objective
-    compares.
+    "completion": ...}`), a text, or None for an empty row.
     """
 
     name: str
     base: Path
     source: Source
-    kind: BatchKind = "tokens"
+    makes: BatchKind = "tokens"
+    """What the objective learns from."""
     _function: Callable[[dict[str, Any]], object] | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> tuple[str, Path, Source, BatchKind]:
-        return self.name, self.base, self.source, self.kind  # the function belongs to a file, and is loaded from it again
+        return self.name, self.base, self.source, self.makes  # the function belongs to a file, and is loaded from it again
 
     def __setstate__(self, state: tuple[str, Path, Source, BatchKind]) -> None:
-        self.name, self.base, self.source, self.kind = state
+        self.name, self.base, self.source, self.makes = state
         self._function = None
 
     def convert(self, row: Row) -> Item | None:
         """The meaning of a row; None where the row is empty.
 
         Raises:
-            RowError: the function failed, or returned something else.
+            RowError: the function failed, or returned something else, or an item that the objective does not learn from.
         """
         if row.fault is not None:
             raise row.fault
@@ -162,17 +163,17 @@ class OwnFormat:
             value = self._load()(dict(row.fields))
         except Exception as error:  # whatever a function of the user's may raise
             raise RowError(f"{self.name} failed: {type(error).__name__}: {error}".rstrip(": "), where=row.where()) from error
-        if value is None or isinstance(value, _ITEMS[self.kind]):
+        if value is None or isinstance(value, _ITEMS[self.makes]):
             return value
-        if isinstance(value, get_args(Item)):
-            wanted = f"the objective needs {_WANTED[self.kind]}"
-            raise RowError(f"{self.name} returned a {type(value).__name__}, but {wanted}", where=row.where())
+        if isinstance(value, _ALL_ITEMS):
+            wanted = " or ".join(item.__name__ for item in _ITEMS[self.makes])
+            raise RowError(f"{self.name} returned a {type(value).__name__}, but {_WANTS[self.makes]}: expected {wanted}", where=row.where())
         if isinstance(value, str):
             value = {"text": value}
         if not isinstance(value, dict):
             raise RowError(f"{self.name} returned {kind_of(value)}, expected an item, a dict, a text or None", where=row.where())
         made = Row(row.file, row.number, cast("dict[str, Any]", value), row.line)
-        return _detect(self.source.model_copy(update={"columns": {}}), [made], self.kind).convert(made)
+        return _detect(self.source.model_copy(update={"columns": {}}), [made], self.makes).convert(made)
 
     def describe(self) -> str:
         """The function's place."""
@@ -188,16 +189,16 @@ class OwnFormat:
 
 
 def choose(source: Source, sample: Sequence[Row], *, base: Path = Path(), kind: BatchKind = "tokens") -> Format:
-    """The format of a source: the one that the run file names, else the only one that fits the rows.
+    """The format of a source: the one that the run file names, else the only one that fits the rows and the objective.
 
     Args:
         source: The source of the run file.
         sample: Its first rows.
         base: The run file's folder, where `./my_format.py:convert` is looked for after the working directory.
-        kind: What the objective compares.
+        kind: What the objective learns from. The items are pairs for `pairs`, judged answers or pairs for `judged`.
 
     Raises:
-        FormatError: no format fits, or several do; the message says what to write. Or the named one does not fit.
+        FormatError: no format fits, or several do; the message says what to write. Or the named one does not fit the rows or the objective.
         RowError: not one row of the sample could be read.
     """
     if source.format != "auto" and source.format not in FORMATS:
@@ -207,56 +208,36 @@ def choose(source: Source, sample: Sequence[Row], *, base: Path = Path(), kind: 
     whole = [row for row in sample if row.fault is None]
     if not whole:
         raise next((row.fault for row in sample if row.fault), _no_rows(source))
-    if source.format != "auto" and source.format not in _FORMATS[kind]:
-        fitting = " or ".join(f"'format: {name}'" for name in _FORMATS[kind])
-        raise FormatError(
-            f"format: {source.format} is not for this objective, which needs {_WANTED[kind]}: {fitting}", where=_where(source)
-        )
-    chosen = _detect(source, whole, kind) if source.format == "auto" else _named(source, whole)
+    chosen = _detect(source, whole, kind) if source.format == "auto" else _named(source, whole, kind)
     if source.system and chosen.name in _WITHOUT_SYSTEM:
         raise FormatError(f"a system prompt needs conversations, but the format is {chosen.name}", where=_where(source))
-    return chosen
+    return replace(chosen, note=_TAKEN_APART) if (kind, chosen.name) == ("judged", "preference") else chosen
 
 
-def _detect(source: Source, rows: Sequence[Row], kind: BatchKind = "tokens") -> BuiltInFormat:
-    columns = _columns(rows)
-    fits = _all_fitting(source, rows, _FORMATS[kind])
+def _detect(source: Source, rows: Sequence[Row], kind: BatchKind) -> BuiltInFormat:
+    fits = _all_that_fit(source, rows, kind)
     if len(fits) == 1:
-        if kind == "tokens":
-            _refuse_what_is_meant_otherwise(source, fits[0], rows)
+        _refuse_what_is_meant_otherwise(source, fits[0], rows, kind)
         return fits[0]
-    if fits:
-        raise _ambiguous(source, fits)
-    others = _all_fitting(source, rows, [name for name in FORMATS if name not in _FORMATS[kind]])
-    raise _of_another_kind(source, kind, others[-1]) if others and kind != "tokens" else _unknown(source, columns, _FORMATS[kind])
+    raise _ambiguous(source, fits) if fits else _unknown(source, rows, kind)
 
 
-def _all_fitting(source: Source, rows: Sequence[Row], names: Sequence[str]) -> list[BuiltInFormat]:
-    kinds = [kind for kind in map(_Kind.of, names) if set(source.columns) <= set(kind.shape.names)]
-    return [way for kind in kinds for way in _fitting(_bound(kind, source, _columns(rows)), rows)]
+def _all_that_fit(source: Source, rows: Sequence[Row], kind: BatchKind) -> list[BuiltInFormat]:
+    columns = _columns(rows)
+    formats = [format for format in map(_Kind.of, OF_KIND[kind]) if set(source.columns) <= set(format.shape.names)]
+    return [way for format in formats for way in _fitting(_bound(format, source, columns), rows)]
 
 
-def _of_another_kind(source: Source, kind: BatchKind, fit: BuiltInFormat) -> FormatError:
-    return FormatError(f"the objective needs {_WANTED[kind]}, but the rows are {fit.describe()}", where=_where(source))
-
-
-def _refuse_what_is_meant_otherwise(source: Source, fit: BuiltInFormat, rows: Sequence[Row]) -> None:
+def _refuse_what_is_meant_otherwise(source: Source, fit: BuiltInFormat, rows: Sequence[Row], wanted: BatchKind) -> None:
     """Columns beside a fitting format's that make its meaning doubtful: to train on would be wrong, or worse than what was meant.
 
     Raises:
         FormatError: the rows are preference pairs or judged, or one column is nearly that of a format which fits better.
     """
     columns = _columns(rows)
-    write = f"write 'format: {fit.name}' beside the data set's path"
-    if {"chosen", "rejected"} <= set(columns):
-        raise _pairs(source, f"to train on the conversations alone, {write}" if _converts(fit, rows) else None)
-    if "label" in fit.unused and all(isinstance(row.fields.get("label"), bool) for row in rows):
-        raise FormatError(
-            "the rows are judged (column 'label'), which this objective does not use; write 'objective: kto' to learn from that, "
-            f"or, to train on good and bad alike, {write}",
-            where=_where(source),
-        )
-    for kind in map(_Kind.of, _FORMATS["tokens"]):
+    if wanted == "tokens":
+        _refuse_preferences(source, fit, rows)
+    for kind in map(_Kind.of, OF_KIND[wanted]):
         near = _near(kind, columns)
         known = {*near, *(name for spelling in kind.shape.spellings for name in spelling.values())}
         slips = [column for column in near.values() if column in fit.unused and column not in known]
@@ -267,6 +248,20 @@ def _refuse_what_is_meant_otherwise(source: Source, fit: BuiltInFormat, rows: Se
                 where=_where(source),
                 hint=f"Write 'format: {kind.name}' with 'columns: {_inline(near)}', or 'format: {fit.name}', beside the data set's path.",
             )
+
+
+def _refuse_preferences(source: Source, fit: BuiltInFormat, rows: Sequence[Row]) -> None:
+    """To imitate rows that are meant for a preference objective would be to learn bad answers too."""
+    write = f"write 'format: {fit.name}' beside the data set's path"
+    if {"chosen", "rejected"} <= set(_columns(rows)):
+        raise _pairs(source, f"to train on the conversations alone, {write}" if _converts(fit, rows) else _chosen_alone(rows))
+    label = next((name for name in ("label", "kto_tag") if name in fit.unused), None)
+    if label is not None and all(isinstance(row.fields.get(label), bool) for row in rows):
+        raise FormatError(
+            f"the rows are judged (column '{label}'), which this objective does not use; to learn from the judgement, write "
+            f"{_OBJECTIVES['judged']}; to train on good and bad alike, {write}",
+            where=_where(source),
+        )
 
 
 def _converts(fit: BuiltInFormat, rows: Sequence[Row]) -> bool:
@@ -292,7 +287,9 @@ def _fitting(ways: Sequence[BuiltInFormat], rows: Sequence[Row]) -> list[BuiltIn
     return [way for way in ways if 2 * sum(map(way.fits, rows)) >= len(rows)]
 
 
-def _named(source: Source, rows: Sequence[Row]) -> BuiltInFormat:
+def _named(source: Source, rows: Sequence[Row], wanted: BatchKind) -> BuiltInFormat:
+    if source.format not in OF_KIND[wanted]:
+        raise _of_another_kind(source, wanted)
     kind = _Kind.of(source.format)
     name, shape = kind.name, kind.shape
     columns = _columns(rows)
@@ -331,10 +328,14 @@ def _inline(mapping: Mapping[str, str | None]) -> str:
     return "{" + ", ".join(f"{given}: {column}" for given, column in mapping.items()) + "}"
 
 
-def _unknown(source: Source, columns: Sequence[str], names: Sequence[str]) -> FormatError:
-    if {"chosen", "rejected"} <= set(columns) and "preference" not in names:
-        return _pairs(source, f"to train on the chosen answers alone, {_CHOSEN_ALONE}" if "prompt" in columns else None)
-    kinds = [_Kind.of(name) for name in names]
+def _unknown(source: Source, rows: Sequence[Row], wanted: BatchKind) -> FormatError:
+    columns = _columns(rows)
+    if wanted == "tokens" and {"chosen", "rejected"} <= set(columns):
+        return _pairs(source, _chosen_alone(rows))
+    for other in _OBJECTIVES:
+        if other != wanted and (fits := _all_that_fit(source, rows, other)):
+            return _meant_for(source, fits[0], other, wanted)
+    kinds = [_Kind.of(name) for name in OF_KIND[wanted]]
     absent = [column for column in source.columns.values() if column not in columns]
     if absent and not any(set(source.columns) & set(kind.shape.inner) for kind in kinds):
         return _no_column(source, absent[0], columns)
@@ -371,14 +372,65 @@ def _near(kind: _Kind, columns: Sequence[str]) -> dict[str, str]:
     return {}
 
 
-_CHOSEN_ALONE = "write 'format: prompt_completion' with 'columns: {completion: chosen}' beside the data set's path"
+_WANTS: Mapping[BatchKind, str] = {
+    "tokens": "the objective learns from examples to imitate",
+    "pairs": "the objective compares two answers",
+    "judged": "the objective learns from answers that are judged good or bad",
+    "steps": "the objective learns from solutions in steps that are right or wrong",
+}
+_HAVE: Mapping[BatchKind, str] = {
+    "tokens": "one answer at most, and no judgement",
+    "pairs": "two answers, one of them preferred",
+    "judged": "one answer that is judged good or bad",
+    "steps": "a solution in steps",
+}
+_OBJECTIVES: Mapping[BatchKind, str] = {
+    "pairs": "'objective: dpo' (or simpo, orpo, reward ...)",
+    "judged": "'objective: kto'",
+    "steps": "'objective: process_reward'",
+    "tokens": "'objective: sft'",
+}
 
 
-def _pairs(source: Source, advice: str | None) -> FormatError:
-    learn = "write 'objective: dpo' (or simpo, orpo, kto, reward) to learn from the preference"
+def _of_another_kind(source: Source, wanted: BatchKind) -> FormatError:
+    """The run file names a format that the objective cannot learn from."""
+    own: BatchKind = next(kind for kind, names in OF_KIND.items() if source.format in names)
+    usable = " or ".join(f"'format: {name}'" for name in OF_KIND[wanted])
+    return FormatError(
+        f"{_WANTS[wanted]}, but rows of the format {source.format} have {_HAVE[own]}",
+        where=_where(source),
+        hint=f"Write {_OBJECTIVES[own]} to learn from these rows, or {usable} for this objective.",
+    )
+
+
+def _meant_for(source: Source, fit: BuiltInFormat, kind: BatchKind, wanted: BatchKind) -> FormatError:
+    """The rows fit only formats that the objective cannot learn from."""
+    return FormatError(
+        f"{_WANTS[wanted]}, but the rows have {_HAVE[kind]}: they fit {fit.name} ({', '.join(dict.fromkeys(fit.required.values()))})",
+        where=_where(source),
+        hint=f"Write {_OBJECTIVES[kind]} to learn from these rows.",
+    )
+
+
+def _chosen_alone(rows: Sequence[Row]) -> str:
+    """How to train on the better answers of pairs."""
+    first = rows[0].fields
+    chosen = first.get("chosen")
+    opening = chosen[0] if is_list(chosen) and chosen else None
+    if is_object(opening) and (opening.get("role") or opening.get("from")) not in ("assistant", "gpt"):
+        mapping = "'format: messages' with 'columns: {messages: chosen}'"
+        mapping = mapping if "role" in opening else "'format: sharegpt' with 'columns: {conversations: chosen}'"
+    elif "prompt" in first:
+        mapping = "'format: prompt_completion' with 'columns: {completion: chosen}'"
+    else:
+        return ""
+    return f"to train on the chosen answers alone, write {mapping} beside the data set's path"
+
+
+def _pairs(source: Source, advice: str) -> FormatError:
     return FormatError(
         "the rows are preference pairs (columns 'chosen' and 'rejected'), which this objective does not use; "
-        f"{f'{learn}, or, {advice}' if advice else learn}",
+        f"to learn from the preference, write {_OBJECTIVES['pairs']}{advice and '; ' + advice}",
         where=_where(source),
     )
 

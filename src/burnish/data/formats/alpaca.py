@@ -26,20 +26,24 @@ def convert(fields: Fields) -> Conversation | None:
     Raises:
         RowError: a field is missing or no text.
     """
-    asked = [fields.text("instruction"), fields.optional_text("input") or ""]
-    question = "\n".join(part for part in asked if part.strip())
+    question = asked(fields)
     answer = fields.text("output")
     if not answer.strip():
         return None
-    return conversation(fields, [*turns_of_history(fields), Message("user", question), Message("assistant", answer)])
+    return conversation(fields, [*question, Message("assistant", answer)])
 
 
-def turns_of_history(fields: Fields) -> Iterator[Message]:
-    """The earlier turns of a row.
+def asked(fields: Fields) -> tuple[Message, ...]:
+    """The turns before the answer: the history, and the instruction with its input.
 
     Raises:
-        RowError: they are no pairs of texts.
+        RowError: a field is missing or no text.
     """
+    parts = [fields.text("instruction"), fields.optional_text("input") or ""]
+    return (*_history(fields), Message("user", "\n".join(part for part in parts if part.strip())))
+
+
+def _history(fields: Fields) -> Iterator[Message]:
     value = fields.json("history")
     where = fields.where("history")
     for pair in as_list(value, where, "[question, answer] pairs") if value is not None else ():

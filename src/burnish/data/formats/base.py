@@ -23,12 +23,20 @@ class Shape:
         spellings: Column names of required fields where they differ from the field's own: one mapping for each usual spelling, the best
             known first. A field that a spelling leaves out goes by its own name.
         inner: Keys inside the messages of a conversation, which `data.columns` can map like columns.
+        aliases: Other column names of optional fields, tried in this order where there is no column of the field's own name.
+        rivals: Optional fields that stand for one another: only one of them is bound, the first that has a column.
+        needs: Optional fields that are bound only beside another one, which comes before them.
+        explicit: Optional fields that are bound only where `data.columns` maps them.
     """
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     spellings: tuple[Mapping[str, str], ...] = ({},)
     inner: tuple[str, ...] = ()
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    rivals: tuple[str, ...] = ()
+    needs: Mapping[str, str] = field(default_factory=dict[str, str])
+    explicit: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,14 +63,26 @@ def spelled(shape: Shape, mapping: Mapping[str, str], columns: Sequence[str]) ->
         required = {name: mapping.get(name, spelling.get(name, name)) for name in shape.required}
         if not all(column in columns for column in required.values()):
             continue
-        optional = {name: mapping.get(name, name) for name in shape.optional}
         inner = {name: mapping[name] for name in shape.inner if name in mapping}
-        way = (
-            required | {name: column for name, column in optional.items() if column in columns and column not in required.values()} | inner
-        )
+        way = required | _optional(shape, mapping, columns, set(required.values())) | inner
         if way not in ways:
             ways.append(way)
     return ways
+
+
+def _optional(shape: Shape, mapping: Mapping[str, str], columns: Sequence[str], taken: set[str]) -> dict[str, str]:
+    """The columns of the optional fields: mapped ones, then those of the same name, then aliases. No column stands for two fields."""
+    bound: dict[str, str] = {}
+    for name in sorted(shape.optional, key=lambda name: (name not in mapping, name not in columns)):
+        rivals = set(shape.rivals) if name in shape.rivals and name not in mapping else set[str]()
+        if bound.keys() & rivals or shape.needs.get(name, name) not in {name, *bound} or (name in shape.explicit and name not in mapping):
+            continue
+        candidates = [mapping[name]] if name in mapping else [name, *shape.aliases.get(name, ())]
+        column = next((column for column in candidates if column in columns and column not in taken), None)
+        if column is not None:
+            bound[name] = column
+            taken.add(column)
+    return {name: bound[name] for name in shape.optional if name in bound}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +124,26 @@ class Fields:
         """
         value = self.get(name)
         return None if value is None else as_text(value, self.where(name))
+
+    def number(self, name: str, default: float, *, least: float = -math.inf) -> float:
+        """A finite number, also as text (as in CSV cells); `default` where it is missing, null or NaN.
+
+        Raises:
+            RowError: it is something else, or less than `least`.
+        """
+        value = self.get(name)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return default
+        number = math.nan
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except (ValueError, OverflowError):
+                pass
+        if not math.isfinite(number) or number < least:
+            wanted = "a finite number" if least == -math.inf else f"a number of {least:g} or more"
+            raise RowError(f"expected {wanted}, found {kind_of(value)}", where=self.where(name))
+        return number
 
     def json(self, name: str) -> object:
         """A value that may also stand as JSON in a text, as in CSV cells; None where it is missing or blank.

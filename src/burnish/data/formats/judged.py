@@ -1,84 +1,95 @@
-"""Judged answers: one answer and whether it is a good one, `{"prompt": ..., "completion": ..., "label": true}`.
+"""Answers that are judged good or bad, each by itself: `{"prompt": ..., "completion": ..., "label": true}`.
 
-Prompt and answer stand as in any format for fine-tuning on conversations: messages, ShareGPT, Alpaca, prompt and completion. Of a
-conversation, what comes after the last user turn is judged. `label` (or `kto_tag`) is true or false, 1 or 0, or a word that says so.
-`weight` says how much the answer counts.
+The answer is a text, messages, or a whole conversation (`messages`, `conversations`), of which the turns after the last user turn are
+judged. It may also be called response, answer or output; the prompt question or query, or instruction with input and history, as in alpaca.
+Text beside text is trained as it stands, without a chat template, unless the row has an instruction or a `system` column.
+
+The label (or `kto_tag`) is true or false, 1 or 0, or one of the words good and bad, desirable and undesirable, chosen and rejected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 from burnish.core.errors import RowError
-from burnish.data.formats import alpaca, messages, prompt_completion, sharegpt
-from burnish.data.formats.base import Fields, Shape, kind_of, listed, spelled
-from burnish.data.formats.preference import number
-from burnish.data.types import Completion, Conversation, Judged
+from burnish.data.formats._answers import (
+    INNER,
+    answered,
+    is_transcript,
+    joined,
+    may_be_side,
+    read_prompt,
+    read_side,
+    read_transcript,
+    refuse_system,
+    says_nothing,
+)
+from burnish.data.formats.base import Fields, Shape, kind_of
+from burnish.data.types import Answer, Completion, Judged
 
-_Way = tuple[Shape, Callable[[Fields], bool], Callable[[Fields], Completion | Conversation | None]]
-_WAYS: tuple[_Way, ...] = (
-    (messages.SHAPE, messages.looks_like, messages.convert),
-    (sharegpt.SHAPE, sharegpt.looks_like, sharegpt.convert),
-    (prompt_completion.SHAPE, prompt_completion.looks_like, prompt_completion.convert),
-    (alpaca.SHAPE, alpaca.looks_like, alpaca.convert),
-)
-_FIELDS = dict.fromkeys(name for shape, _, _ in _WAYS for name in (*shape.required, *shape.optional))
+_ANSWERS = ("completion", "response", "answer", "output", "messages", "conversations", "conversation")
 SHAPE = Shape(
-    required=("label",),
-    optional=(*_FIELDS, "weight"),
-    spellings=({}, {"label": "kto_tag"}),
-    inner=("role", "content", "from", "value", "train"),
+    required=("completion", "label"),
+    optional=("prompt", "instruction", "input", "history", "system", "tools", "weight"),
+    spellings=tuple({"completion": answer, "label": label} for answer in _ANSWERS for label in ("label", "kto_tag")),
+    inner=INNER,
+    aliases={"prompt": ("question", "query", "input")},
+    rivals=("prompt", "instruction"),
+    needs={"input": "instruction", "history": "instruction"},
 )
+
 _WORDS = {
-    **dict.fromkeys(("true", "yes", "good", "desirable", "chosen", "1", "+"), True),
-    **dict.fromkeys(("false", "no", "bad", "undesirable", "rejected", "0", "-"), False),
+    **dict.fromkeys(("true", "1", "good", "desirable", "chosen"), True),
+    **dict.fromkeys(("false", "0", "bad", "undesirable", "rejected"), False),
 }
 
 
 def looks_like(fields: Fields) -> bool:
-    """Whether there is a label and an answer."""
-    return _label_of(fields.get("label")) is not None and any(_bound(fields, way) for way in _WAYS)
+    """Whether there is an answer with a prompt, and a label that says whether it is good (or a missing value)."""
+    answer, label = fields.get("completion"), fields.get("label")
+    if not may_be_side(answer) or not (label is None or _truth(label) is not None):
+        return False
+    has_prompt = any(name in fields.binding.columns for name in ("prompt", "instruction"))
+    return has_prompt or not isinstance(answer, str) or is_transcript(answer) or answer.lstrip().startswith("[")
 
 
 def convert(fields: Fields) -> Judged | None:
     """The judged answer of a row; None where it is blank.
 
     Raises:
-        RowError: the label says neither, there is no answer, or it is malformed.
+        RowError: a field is missing, the label unclear, a message malformed, or the answer does not end with an assistant turn.
+        FormatError: there is a system prompt for plain texts.
     """
-    label = _label_of(fields.get("label"))
-    if label is None:
-        value = fields.row.fields.get(fields.column("label"))
-        raise RowError(f"expected true or false, found {kind_of(value)}", where=fields.where("label"))
-    for way in _WAYS:
-        if bound := _bound(fields, way):
-            answer = way[2](bound)
-            weight = number(fields, "weight", 1.0, least=0.0)
-            return None if answer is None else Judged(_last_turns(answer), label, weight)
-    raise RowError(f"the row has no answer that could be judged, only {listed(fields.row.fields)}", where=fields.row.where())
+    answer = _answer(fields)
+    return None if answer is None else Judged(answer, _label(fields), fields.number("weight", 1.0, least=0.0))
 
 
-def _bound(fields: Fields, way: _Way) -> Fields | None:
-    """The row as this format reads it, or None where it is none of its rows."""
-    shape, looks_like, _ = way
-    mapping = {given: column for given, column in fields.binding.columns.items() if given in shape.names and given != column}
-    for columns in spelled(shape, mapping, list(fields.row.fields)):
-        bound = Fields(fields.row, replace(fields.binding, columns=columns))
-        if looks_like(bound):
-            return bound
-    return None
+def _answer(fields: Fields) -> Answer | None:
+    value = fields.get("completion")
+    side = read_side(fields, "completion", fields.text("completion") if value is None else value)
+    prompt = read_prompt(fields)
+    if isinstance(side, str) and prompt is None:
+        if not is_transcript(side):
+            raise RowError("the answer has no prompt", where=fields.where("completion"))
+        side = read_transcript(side)
+    if isinstance(side, str) and isinstance(prompt, str):
+        if not side.strip():
+            return None
+        refuse_system(fields)
+        return Completion(prompt, side)
+    messages, length = joined(fields, "completion", prompt, side)
+    if length is None:
+        length = max((i for i, message in enumerate(messages, start=1) if message.role == "user"), default=0)
+    return None if says_nothing(messages[length:]) else answered(fields, messages, length)
 
 
-def _last_turns(answer: Completion | Conversation) -> Completion | Conversation:
-    """The answer with everything before it masked."""
-    if isinstance(answer, Completion):
-        return answer
-    asked = max((turn for turn, message in enumerate(answer.messages) if message.role == "user"), default=-1)
-    return replace(answer, messages=tuple(replace(m, train=False) if turn <= asked else m for turn, m in enumerate(answer.messages)))
+def _label(fields: Fields) -> bool:
+    truth = _truth(fields.get("label"))
+    if truth is None:
+        found = kind_of(fields.row.fields.get(fields.column("label")))
+        raise RowError(f"expected true or false, 1 or 0, or good or bad, found {found}", where=fields.where("label"))
+    return truth
 
 
-def _label_of(value: object) -> bool | None:
+def _truth(value: object) -> bool | None:
     if isinstance(value, bool):
         return value
     if isinstance(value, int | float):

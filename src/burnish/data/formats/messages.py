@@ -91,24 +91,25 @@ def conversation(fields: Fields, messages: Sequence[Message]) -> Conversation | 
     """
     if all(is_blank(message) for message in messages if message.role not in ("system", "developer")):
         return None
-    made = checked(fields, messages)
-    return None if all(is_blank(message) for message in messages if message.role == "assistant") else made
+    _check_order(messages, fields.row.where())
+    if all(is_blank(message) for message in messages if message.role == "assistant"):
+        return None
+    return Conversation(tuple(_with_system(fields, messages)), _tools(fields))
 
 
-def checked(fields: Fields, messages: Sequence[Message]) -> Conversation:
-    """The same, however blank.
+def whole(fields: Fields, messages: Sequence[Message]) -> Conversation:
+    """Messages with the row's system prompt and tools, checked; blank ones too.
 
     Raises:
-        RowError: as `conversation`.
+        RowError: the order of turns makes no sense, or the tools are malformed.
     """
     _check_order(messages, fields.row.where())
     return Conversation(tuple(_with_system(fields, messages)), _tools(fields))
 
 
-def has_system(fields: Fields) -> bool:
-    """Whether the row, or the run file for its rows, gives a system prompt beside the messages."""
-    of_row = fields.optional_text("system")
-    return bool(fields.binding.system or (of_row and of_row.strip()))
+def is_blank(message: Message) -> bool:
+    """Whether a message says nothing: no text, no reasoning and no call."""
+    return not (message.content.strip() or message.tool_calls or (message.reasoning or "").strip())
 
 
 def read_calls(value: object, where: Where) -> tuple[ToolCall, ...]:
@@ -316,11 +317,6 @@ def _tools(fields: Fields) -> tuple[Mapping[str, Any], ...]:
     tools = value if is_list(value) else [value]
     read = (from_json(tool, where) if isinstance(tool, str) else tool for tool in tools)
     return tuple(as_object(tool, where, "a tool's JSON schema") for tool in read)
-
-
-def is_blank(message: Message) -> bool:
-    """Whether a message says nothing and calls nothing."""
-    return not (message.content.strip() or message.tool_calls or (message.reasoning or "").strip())
 
 
 def _at(where: Where, below: str) -> Where:

@@ -9,9 +9,9 @@ import pytest
 from burnish.config.sections import FORMATS, Source
 from burnish.core import plugins
 from burnish.core.errors import ConfigError, FormatError, RowError
-from burnish.data.formats import Format, choose
+from burnish.data.formats import OF_KIND, Format, choose
 from burnish.data.sources.row import Row
-from burnish.data.types import Completion, Conversation, Message, Text, Tokens
+from burnish.data.types import BatchKind, Completion, Conversation, Judged, Message, Pair, Stepwise, Text, Tokens
 
 from .converting import row
 
@@ -161,15 +161,37 @@ def test_no_format_fits(fields: dict[str, Any], message: str, hint: str) -> None
         ),
         (
             {"messages": MESSAGES, "label": False},
-            "the rows are judged (column 'label'), which this objective does not use; write 'objective: kto' to learn from that, "
-            "or, to train on good and bad alike, write 'format: messages' beside the data set's path",
+            "the rows are judged (column 'label'), which this objective does not use; to learn from the judgement, write 'objective: kto'; "
+            "to train on good and bad alike, write 'format: messages' beside the data set's path",
             "",
         ),
+        ({"prompt": "a", "completion": "b", "kto_tag": True}, "the rows are judged (column 'kto_tag'), which this objective", ""),
         (
             {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"}, "rejected": {}},
             "preference pairs (columns 'chosen' and 'rejected'), which this objective does not use; "
-            "write 'objective: dpo' (or simpo, orpo, kto, reward) to learn from the preference",
+            "to learn from the preference, write 'objective: dpo' (or simpo, orpo, reward ...)",
             "",
+        ),
+        (
+            {"prompt": "a", "chosen": MESSAGES, "rejected": MESSAGES},
+            "to train on the chosen answers alone, write 'format: messages' with 'columns: {messages: chosen}' beside",
+            "",
+        ),
+        (
+            {"chosen": TURNS, "rejected": TURNS},
+            "to train on the chosen answers alone, write 'format: sharegpt' with 'columns: {conversations: chosen}' beside",
+            "",
+        ),
+        (
+            {"instruction": "a", "chosen_response": "b", "rejected_response": "c"},
+            "the objective learns from examples to imitate, but the rows have two answers, one of them preferred: they fit preference "
+            "(chosen_response, rejected_response)",
+            "Write 'objective: dpo' (or simpo, orpo, reward ...) to learn from these rows.",
+        ),
+        (
+            {"prompt": "a", "completions": ["b"], "labels": [True]},
+            "but the rows have a solution in steps: they fit stepwise (prompt, completions, labels)",
+            "Write 'objective: process_reward' to learn from these rows.",
         ),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
@@ -249,16 +271,168 @@ def test_formats_can_be_sent_to_workers() -> None:
         assert copy.convert(row(fields)) == format.convert(row(fields))
 
 
+# -- what objectives compare --------------------------------------------------------------------------------------------------------
+
+PAIR: dict[str, Any] = {"prompt": "a", "chosen": "b", "rejected": "c"}
+JUDGED: dict[str, Any] = {"prompt": "a", "completion": "b", "label": True}
+STEPS: dict[str, Any] = {"prompt": "a", "completions": ["b"], "labels": [True]}
+ALPACA: dict[str, Any] = {"instruction": "a", "output": "b"}
+
+
+def for_kind(kind: BatchKind, fields: dict[str, Any], **settings: Any) -> Format:
+    return choose(Source(path="rows.jsonl", **settings), [row(fields)], kind=kind)
+
+
+def refused(kind: BatchKind, fields: dict[str, Any], **settings: Any) -> tuple[str, str]:
+    with pytest.raises(FormatError) as caught:
+        for_kind(kind, fields, **settings)
+    return str(caught.value).removeprefix("rows.jsonl: "), caught.value.hint or ""
+
+
+def test_every_format_is_for_some_objective() -> None:
+    assert {name for names in OF_KIND.values() for name in names} == set(FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "described"),
+    [
+        ("pairs", PAIR, "preference (chosen, rejected, prompt)"),
+        ("pairs", {**PAIR, "completion": "b", "label": True}, "preference (chosen, rejected, prompt; unused: completion, label)"),
+        ("judged", JUDGED, "judged (completion, label, prompt)"),
+        ("judged", PAIR, "preference (chosen, rejected, prompt; each pair is two judged answers)"),
+        ("judged", {**PAIR, "id": 1}, "preference (chosen, rejected, prompt; each pair is two judged answers; unused: id)"),
+        ("steps", STEPS, "stepwise (prompt, completions, labels)"),
+    ],
+)
+def test_only_what_the_objective_compares_is_looked_for(kind: BatchKind, fields: dict[str, Any], described: str) -> None:
+    format = for_kind(kind, fields)
+    assert format.describe() == described
+    assert for_kind(kind, fields, format=format.name).describe() == described
+    assert pickle.loads(pickle.dumps(format)) == format
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (
+            "pairs",
+            ALPACA,
+            "the objective compares two answers, but the rows have one answer at most, and no judgement: "
+            "they fit alpaca (instruction, output)",
+        ),
+        (
+            "pairs",
+            JUDGED,
+            "the objective compares two answers, but the rows have one answer that is judged good or bad: "
+            "they fit judged (completion, label)",
+        ),
+        (
+            "judged",
+            {"messages": MESSAGES},
+            "the objective learns from answers that are judged good or bad, but the rows have one answer at most, and no judgement: "
+            "they fit messages (messages)",
+        ),
+        (
+            "steps",
+            PAIR,
+            "the objective learns from solutions in steps that are right or wrong, but the rows have two answers, one of them preferred: "
+            "they fit preference (chosen, rejected)",
+        ),
+        ("pairs", {"foo": 1}, "no format fits rows with the columns 'foo'"),
+    ],
+)  # fmt: skip
+def test_rows_of_another_kind(kind: BatchKind, fields: dict[str, Any], message: str) -> None:
+    assert refused(kind, fields)[0] == message
+
+
+def test_nearly_the_right_columns_of_pairs() -> None:
+    assert refused("pairs", {"prompt": "a", "choosen": "b", "rejected": "c"}) == (
+        "no format fits rows with the columns 'prompt', 'choosen', 'rejected'",
+        "Did you mean 'format: preference' with 'columns: {chosen: choosen, rejected: rejected}'?",
+    )
+    assert refused("pairs", {"q": "a"})[1].endswith("Fields by format: preference: chosen + rejected.")
+    assert refused("judged", {"prompt": "a", "completion": "b", "label": "sport"})[1] == "Write 'objective: sft' to learn from these rows."
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "fields", "message", "hint"),
+    [
+        (
+            "tokens",
+            "preference",
+            PAIR,
+            "the objective learns from examples to imitate, but rows of the format preference have two answers, one of them preferred",
+            "Write 'objective: dpo' (or simpo, orpo, reward ...) to learn from these rows, or 'format: alpaca' or 'format: sharegpt' or",
+        ),
+        (
+            "pairs",
+            "alpaca",
+            ALPACA,
+            "the objective compares two answers, but rows of the format alpaca have one answer at most, and no judgement",
+            "Write 'objective: sft' to learn from these rows, or 'format: preference' for this objective.",
+        ),
+        (
+            "judged",
+            "stepwise",
+            STEPS,
+            "the objective learns from answers that are judged good or bad, but rows of the format stepwise have a solution in steps",
+            "Write 'objective: process_reward' to learn from these rows, or 'format: judged' or 'format: preference' for this objective.",
+        ),
+        ("steps", "judged", JUDGED, "the objective learns from solutions in steps that are right or wrong, but", "'objective: kto'"),
+    ],
+)
+def test_a_named_format_of_another_kind(kind: BatchKind, format: str, fields: dict[str, Any], message: str, hint: str) -> None:
+    said, advice = refused(kind, fields, format=format)
+    assert said.startswith(message) and hint in advice
+
+
+def test_two_spellings_of_a_pair_are_ambiguous() -> None:
+    assert refused("pairs", {**PAIR, "chosen_response": "d", "rejected_response": "e"})[1] == (
+        "Write 'columns: {chosen: chosen, rejected: rejected}' or 'columns: {chosen: chosen_response, rejected: rejected_response}'"
+        " beside the data set's path."
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "columns", "described"),
+    [
+        ({**PAIR, "instruction": "d"}, {}, "preference (chosen, rejected, prompt; unused: instruction)"),
+        ({**PAIR, "instruction": "d"}, {"instruction": "instruction"}, "preference (chosen, rejected, instruction; unused: prompt)"),
+        (PAIR, {"instruction": "prompt"}, "preference (chosen, rejected, prompt)"),
+        ({**PAIR, "messages": MESSAGES}, {}, "preference (chosen, rejected, prompt; unused: messages)"),
+        ({**PAIR, "input": "d", "history": []}, {}, "preference (chosen, rejected, prompt; unused: input, history)"),
+        (
+            {**PAIR, "score_chosen": 1, "score_rejected": 0},
+            {},
+            "preference (chosen, rejected, prompt; unused: score_chosen, score_rejected)",
+        ),
+        ({"chosen": "b", "rejected": "c", "input": "a"}, {}, "preference (chosen, rejected, input)"),
+        (
+            {"chosen": "b", "rejected": "c", "input": "a", "instruction": "d", "messages": []},
+            {},
+            "preference (chosen, rejected, instruction, input; unused: messages)",
+        ),
+    ],
+)  # fmt: skip
+def test_which_column_is_the_prompt(fields: dict[str, Any], columns: dict[str, str], described: str) -> None:
+    assert for_kind("pairs", fields, format="preference", columns=columns).describe() == described
+
+
 # -- formats of one's own -----------------------------------------------------------------------------------------------------------
 
 OWN = """
-from burnish.data.types import Conversation, Message
+from burnish.data.types import Completion, Conversation, Judged, Message, Pair, Stepwise
 
 def items(row):
     return Conversation((Message("user", row["q"]), Message("assistant", row["a"])))
 
 def dicts(row):
     return row["made"]
+
+def compared(row):
+    good, bad = Completion("a", "b"), Completion("a", "c")
+    made = {"pairs": Pair(good, bad, weight=2.0), "judged": Judged(bad, False), "steps": Stepwise("a", ("b",), (1.0,)), "text": good}
+    return made[row["kind"]]
 
 NUMBER = 7
 """
@@ -308,6 +482,39 @@ def test_a_function_that_fails(folder: Path, fields: dict[str, Any], message: st
     with pytest.raises(RowError) as caught:
         format.convert(row(fields, 9))
     assert str(caught.value).startswith(message)
+
+
+def test_a_function_that_makes_what_the_objective_compares(folder: Path) -> None:
+    own = {"format": "./my_format.py:compared"}
+    good, bad = Completion("a", "b"), Completion("a", "c")
+    made = [("pairs", "pairs", Pair(good, bad, weight=2.0)), ("judged", "pairs", Pair(good, bad, weight=2.0)),
+            ("judged", "judged", Judged(bad, False)), ("steps", "steps", Stepwise("a", ("b",), (1.0,)))]  # fmt: skip
+    for kind, returned, item in made:
+        format = for_kind(kind, {"kind": returned}, **own)
+        assert format.convert(row({"kind": returned})) == item
+        assert pickle.loads(pickle.dumps(format)).convert(row({"kind": returned})) == item
+    as_dict = for_kind("pairs", {"made": PAIR}, format="./my_format.py:dicts")
+    assert as_dict.convert(row({"made": PAIR})) == Pair(good, bad)
+
+
+@pytest.mark.parametrize(
+    ("kind", "returned", "message"),
+    [
+        ("tokens", "pairs", "returned a Pair, but the objective learns from examples to imitate: expected Conversation or Completion or"),
+        ("pairs", "judged", "returned a Judged, but the objective compares two answers: expected Pair"),
+        (
+            "judged",
+            "text",
+            "returned a Completion, but the objective learns from answers that are judged good or bad: expected Judged or Pair",
+        ),
+        ("steps", "pairs", "returned a Pair, but the objective learns from solutions in steps that are right or wrong: expected Stepwise"),
+    ],
+)
+def test_a_function_that_makes_something_else(folder: Path, kind: BatchKind, returned: str, message: str) -> None:
+    format = for_kind(kind, {"kind": returned}, format="./my_format.py:compared")
+    with pytest.raises(RowError) as caught:
+        format.convert(row({"kind": returned}, 9))
+    assert str(caught.value).startswith(f"rows.jsonl:9, row 9: ./my_format.py:compared {message}")
 
 
 def test_what_is_no_function(folder: Path) -> None:
