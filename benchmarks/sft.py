@@ -187,7 +187,7 @@ def run(entry: Entry, folder: Path, options: argparse.Namespace) -> Result:
     """
     with tempfile.TemporaryDirectory(dir=folder) as own:
         job = write_job(entry, folder, Path(own), options)
-        command = [python_of(entry.peer), "-m", f"benchmarks.peers.{entry.peer}_sft", str(job)]
+        command = [python_of(entry.peer), "-m", f"benchmarks.peers.{entry.peer}_{getattr(options, 'stage', 'sft')}", str(job)]
         with open(Path(own, "stderr"), "w+") as errors:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment(entry.peer, Path(own), options), stdout=subprocess.PIPE, stderr=errors, text=True

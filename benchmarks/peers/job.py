@@ -29,7 +29,7 @@ class Job:
 
     model: str  # a Hugging Face folder
     litgpt: str  # the same model as LitGPT wants it
-    rows: str  # a JSON list of {"instruction", "input": "", "output"}
+    rows: str  # a JSON list of {"instruction", "input": "", "output"}, or of ShareGPT's ranking rows
     folder: str  # where the run may write
     form: str  # "stock" or "best"
     precision: str  # "float32" or "bfloat16"

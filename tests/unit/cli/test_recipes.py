@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
+import burnish
 from burnish.cli import recipes
 from burnish.cli.check import notes, summary
 from burnish.cli.main import main
@@ -26,6 +28,19 @@ def test_each_recipe_is_a_valid_run_with_comments(name: str, tmp_path: Path, mon
     assert text.startswith("# ") and text.count("#") >= 4 and len(text.splitlines()) <= 50
     assert config.output == str(tmp_path / "runs" / name)
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.parametrize("name", ["dpo", "simpo", "orpo", "kto", "reward"])
+def test_preference_recipes_train_a_tiny_model(name: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Path(__file__).parents[3] / "recipes" / "data" / "preferences.jsonl"
+    monkeypatch.chdir(tmp_path)
+    recipes.main("new", name, Path("run.yaml"))
+    changes = [f"model.path={tiny_model}", f"data.train={{path: {rows}, limit: 30}}", "data.eval=0.2", f"data.cache={tmp_path / 'cache'}"]
+    outcome = burnish.train("run.yaml", *changes, "data.max_length=256", "train.batch_size=8", "train.learning_rate=0.01", "train.epochs=2")
+    first, *_, last = [json.loads(line) for line in Path("runs", name, "eval.jsonl").read_text().splitlines()]
+    assert outcome.evaluation is not None and last["eval_loss"] < first["eval_loss"]
+    assert 0 <= first["eval_reward_accuracy"] <= 1 and "eval_perplexity" not in last
+    assert "Preference accuracy" in Path("runs", name, "report.html").read_text()
 
 
 def test_recipes_do_what_their_names_say() -> None:
