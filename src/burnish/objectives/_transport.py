@@ -79,7 +79,7 @@ def match_step(
     shares: dict[str, tuple[float, float]] = {}
     for name, column in zip(("left", "right"), numbers[:2], strict=True):
         for value, weight in zip(column, numbers[2], strict=True):
-            key = f"{name} {value.hex()}"
+            key = f"{name} {_known(value).hex()}"
             shares[key] = (shares.get(key, (0.0, 0.0))[0] + weight, 1.0)
     step: dict[str, dict[float, float]] = {"left": {}, "right": {}}
     for key, (weight, _) in totals(shares).items():
@@ -132,5 +132,5 @@ def _matches(values: Sequence[float], weights: Sequence[float], partners: Partne
 
 
 def _known(value: float) -> float:
-    """The value itself; one NaN for all of them, which finds itself again (the engine skips such a step)."""
-    return math.nan if math.isnan(value) else value
+    """The value as a key: 0 for -0 too, and one NaN for all of them, which finds itself again (the engine skips such a step)."""
+    return math.nan if math.isnan(value) else value + 0.0
