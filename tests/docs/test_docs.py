@@ -8,6 +8,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
+
+from burnish.config.objectives import CPO, DPO, DPOLoss
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```python(?: file=(?P<file>\S+))?\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
@@ -40,3 +43,15 @@ def test_the_readme_names_the_two_commands_and_stays_short() -> None:
     text = (ROOT / "README.md").read_text()
     assert "make quickstart" in text and "make test" in text
     assert len(text.splitlines()) <= 120
+
+
+def test_every_loss_over_pairs_is_explained() -> None:
+    """The tables of losses and divergences name what the settings allow, and nothing else."""
+    page = (ROOT / "docs/preference.md").read_text()
+    dpo, cpo = (
+        page.split("## `objective: dpo`")[1].split("## `objective: simpo`")[0],
+        page.split("## `objective: cpo`")[1].split("\n## ")[0],
+    )
+    rows = re.findall(r"^\| `(\w+)` \|", dpo, re.M)
+    assert sorted(rows) == sorted([*get_args(DPOLoss), *get_args(DPO.model_fields["divergence"].annotation)])
+    assert re.findall(r"^\| `(\w+)` \|", cpo, re.M) == list(get_args(CPO.model_fields["loss"].annotation))

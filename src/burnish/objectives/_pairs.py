@@ -44,11 +44,17 @@ class Answers:
 
 
 def chosen_nll(answers: Answers, batch: Batch) -> torch.Tensor:
-    """The cross-entropy of the chosen answers, a mean over all their tokens in the step, as this micro-batch's share of the loss.
+    """Each pair's share [P] of the cross-entropy of the chosen answers, a mean over all their tokens in the step.
 
-    The engine divides by the step's weight, so the sum is scaled by weight over tokens of the step: the outcome does not depend on the cut.
+    The engine divides the sum by the step's weight, so it is scaled by weight over tokens of the step: the outcome does not depend on the
+    cut into micro-batches.
+
+    Raises:
+        ValueError: The batch does not say how much the step's chosen tokens weigh.
     """
-    return -answers.chosen.sum() * (batch.step_weight / batch.step_tokens) if batch.step_tokens else -answers.chosen.sum() * 0
+    if not batch.step_tokens > 0:
+        raise ValueError(f"a mean over the step's chosen tokens needs their weight, found step_tokens={batch.step_tokens:g}")
+    return -answers.chosen * (batch.step_weight / batch.step_tokens)
 
 
 def smoothed_sigmoid(z: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -87,11 +93,15 @@ def preferred(chosen: torch.Tensor, rejected: torch.Tensor, batch: Batch) -> Met
     """The accuracies of `pair_metrics` alone."""
     right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
     metrics: Metrics = {"reward_accuracy": (right.sum(), float(batch.examples))}
-    difference = [own - other for own, other in zip(batch.branches[0::2], batch.branches[1::2], strict=True)]
-    for name, sign in (("accuracy_longer", 1), ("accuracy_shorter", -1)):
-        places = [place for place, tokens in enumerate(difference) if tokens * sign > 0]
-        if places:
-            metrics[name] = (right[torch.tensor(places).to(right.device, non_blocking=True)].sum(), float(len(places)))
+    own, other = split(batch.extras["lengths"])
+    counts = list(zip(batch.branches[0::2], batch.branches[1::2], strict=True))
+    # How many there are is known on the host, which ones on the device: nobody waits for either.
+    for name, among, count in (
+        ("accuracy_longer", own > other, sum(mine > theirs for mine, theirs in counts)),
+        ("accuracy_shorter", own < other, sum(mine < theirs for mine, theirs in counts)),
+    ):
+        if count:
+            metrics[name] = ((right * among).sum(), float(count))
     return metrics
 
 

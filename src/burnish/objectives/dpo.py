@@ -8,6 +8,9 @@ For a pair, pi is the policy, ref the reference, y+ the chosen answer and y- the
 
 beta r is the implicit reward (2305.18290, equation 5). Each loss is one small function below; LOSSES names them. Losses are summed over
 pairs, each times its weight; the engine divides by the weight of the whole step.
+
+`ld_alpha` a (LD-DPO, 2409.06411): log pi(y) and log ref(y) count the tokens beyond the length of the shorter answer a times.
+`wpo` (2406.11827): a pair's loss is multiplied by how likely the policy makes its answers, see `likelihood`.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +27,13 @@ from burnish.config.objectives import DPO
 from burnish.core.errors import TrainingError
 from burnish.data.types import Batch
 from burnish.objectives._pairs import Answers, chosen_nll, distance, pair_metrics, smoothed_sigmoid, split
+from burnish.objectives._transport import Matches, match_step, transported
 from burnish.objectives.base import Loss, Policy, Totals, branch_sums, reference_logprobs
 
-__all__ = ["LOSSES", "DPOObjective", "PairScores", "build", "score"]
+__all__ = ["LOSSES", "DPOObjective", "PairScores", "build", "length_weights", "likelihood", "score"]
+
+SORTED = frozenset({"aot", "aot_unpaired"})
+"""Losses that compare pairs with each other, by rank over the whole step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +48,21 @@ class PairScores:
     rejected_tokens: torch.Tensor  # |y-|
     margin: torch.Tensor  # log pi(y+) - log pi(y-)
     reference_margin: torch.Tensor  # the same of ref
+    chosen_nll: torch.Tensor  # the pair's share of the cross-entropy on the step's chosen tokens; 0 where no loss asks
 
     @property
     def difference(self) -> torch.Tensor:
-        """D = s+ - s-."""
+        """The difference of the scores, d."""
         return self.chosen_score - self.rejected_score
 
     @property
     def mean_difference(self) -> torch.Tensor:
-        """S+ / |y+| - s- / |y-|: the scores a token."""
+        """The difference of the scores a token, s+ / |y+| - s- / |y-|."""
         return self.chosen_score / self.chosen_tokens - self.rejected_score / self.rejected_tokens
+
+    def sides(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a loss of SORTED couples: margins of policy and reference, or log-ratios of chosen and rejected."""
+        return (self.margin, self.reference_margin) if name == "aot" else (self.chosen, self.rejected)
 
 
 def sigmoid(pairs: PairScores, config: DPO) -> torch.Tensor:
@@ -121,17 +134,38 @@ def apo_down(pairs: PairScores, config: DPO) -> torch.Tensor:
 def discopop(pairs: PairScores, config: DPO) -> torch.Tensor:
     """DiscoPOP: a blend (1 - m) (-log sigma(z)) + m exp(-z) of z = beta d, where m = sigma(z / tau) (2406.08414, equation 5)."""
     z = config.beta * pairs.difference
-    blend = torch.sigmoid(z / config.discopop_tau)
-    return -F.logsigmoid(z) * (1 - blend) + torch.exp(-z) * blend
+    log_blend = F.logsigmoid(z / config.discopop_tau)
+    # exp(-z) m as one exponential: where exp(-z) is beyond all numbers, m is smaller still.
+    return -F.logsigmoid(z) * torch.sigmoid(-z / config.discopop_tau) + torch.exp(log_blend - z)
 
 
-def aot(margin: torch.Tensor, reference: torch.Tensor, config: DPO) -> torch.Tensor:
-    """AOT: DPO's loss of sorted values, margin [P] against reference [P], smallest with smallest (2406.05882).
+def aot(pairs: PairScores, config: DPO) -> torch.Tensor:
+    """AOT on pairs: DPO's loss of sorted margins, those of pi against those of ref, by rank (2406.05882).
 
-    Paired, the margin is log pi(y+) - log pi(y-) and the reference the same of ref; unpaired, it is r+ and the reference r-. Both sorted:
-    the preference is then one of first-order stochastic dominance between distributions.
+    The k-th is -log sigma(beta (sort(m)_k - sort(m_ref)_k)), with label smoothing as in `sigmoid`; `pairs` are those of a whole step. The
+    preference is then one of first-order stochastic dominance between distributions, and not of every single pair.
     """
-    return smoothed_sigmoid(config.beta * (margin - reference), config.label_smoothing)
+    return _by_rank(pairs.sides("aot"), config)
+
+
+def aot_unpaired(pairs: PairScores, config: DPO) -> torch.Tensor:
+    """AOT on answers: -log sigma(beta (sort(r+)_k - sort(r-)_k)), so that r+ dominates r- (2406.05882)."""
+    return _by_rank(pairs.sides("aot_unpaired"), config)
+
+
+def _by_rank(sides: tuple[torch.Tensor, torch.Tensor], config: DPO) -> torch.Tensor:
+    left, right = (torch.sort(values).values for values in sides)
+    return dominance(left, right, config)
+
+
+def dominance(left: torch.Tensor, right: torch.Tensor, config: DPO) -> torch.Tensor:
+    """The cost of two values that are coupled, -log sigma(beta (left - right)), with label smoothing."""
+    return smoothed_sigmoid(config.beta * (left - right), config.label_smoothing)
+
+
+def sft(pairs: PairScores, config: DPO) -> torch.Tensor:
+    """Cross-entropy on the chosen answers, a mean over the tokens of the step: every token counts the same, whatever its pair weighs."""
+    return pairs.chosen_nll
 
 
 LOSSES: dict[str, Callable[[PairScores, DPO], torch.Tensor]] = {
@@ -144,24 +178,27 @@ LOSSES: dict[str, Callable[[PairScores, DPO], torch.Tensor]] = {
     "nca_pair": nca_pair,
     "bco_pair": bco_pair,
     "sppo_hard": sppo_hard,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
     "apo_zero": apo_zero,
     "apo_down": apo_down,
     "discopop": discopop,
+    "sft": sft,
 }
-"""The losses of one pair by itself. `aot` and `aot_unpaired` compare pairs with each other, `sft` is `_pairs.chosen_nll`."""
+"""The losses by the names of `objective.loss`."""
 
 
 def score(logratio: torch.Tensor, config: DPO) -> torch.Tensor:
     """f'(u) at u = exp(logratio), for the divergence's f (f-DPO, 2309.16240), up to a constant.
 
     reverse_kl: log u. forward_kl: 1 - 1 / u. js: log(2 u / (1 + u)). alpha: (u^(alpha - 1) - 1) / (alpha - 1), and log u at alpha = 1.
-    The power stops at exp(80), the largest that sums in float32 can hold.
+    Powers stop at exp(80), about the largest that sums in float32 can hold.
     """
     match config.divergence:
         case "reverse_kl":
             return logratio
         case "forward_kl":
-            return -torch.expm1(-logratio)
+            return -torch.expm1((-logratio).clamp(max=80.0))
         case "js":
             return math.log(2) + F.logsigmoid(logratio)
         case "alpha":
@@ -169,94 +206,125 @@ def score(logratio: torch.Tensor, config: DPO) -> torch.Tensor:
             return logratio if abs(power) < 1e-6 else torch.expm1((power * logratio).clamp(max=80.0)) / power
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """What the pass over a whole step found out about one of its micro-batches."""
+
+    batch: Batch
+    reference: torch.Tensor  # [K]
+    matches: dict[str, tuple[Matches, Matches]]
+
+
 class DPOObjective:
     """DPO in all its variants over pairs.
 
-    Metrics: those of `_pairs.pair_metrics`, where the reward is beta times the log-ratio, and `kl`.
+    Losses that sort over the step (`aot`, `aot_unpaired`) make it a `StepObjective`: `begin_step` computes all log-probabilities once
+    without gradients, unless one micro-batch is the whole step. Loss and gradient are then those of the sort over all pairs, however the
+    step is cut into micro-batches and ranks; pairs with weights are coupled by mass (see `_transport`).
+
+    Metrics: those of `_pairs.pair_metrics`, where the reward is beta times the log-ratio (beta log pi where nothing needs a reference), and
+    `kl` (`_pairs.distance`).
+
+    Raises:
+        ValueError: `wpo` weighs pairs, and a loss that sorts takes them apart.
     """
 
     def __init__(self, config: DPO) -> None:
         self.config = config
         self.needs_reference = set(config.loss) != {"sft"}
-        self._sorted = [name for name in config.loss if name in ("aot", "aot_unpaired")]
+        self._sorted = [name for name in dict.fromkeys(config.loss) if name in SORTED]
+        if config.wpo and self._sorted:
+            raise ValueError(f"wpo weighs pairs, which the loss {self._sorted[0]} takes apart; leave one of them out")
         self._weights = config.loss_weights or [1.0] * len(config.loss)
         self._want = frozenset({"log_sum_sq"} if config.wpo else ())
-        self._partners: dict[str, _Partners] = {}
-
-    def begin_step(self, policy: Policy, batches: Sequence[Batch], totals: Totals) -> None:
-        """Where values are sorted over the step: one pass without gradients that finds each value's place.
-
-        Raises:
-            TrainingError: the step is spread over several processes, each of which sees its own share only.
-        """
-        if not self._sorted:
-            return
-        here = float(sum(batch.examples for batch in batches))
-        if totals({"pairs": (here, 1.0)})["pairs"][1] > 1:
-            raise TrainingError(
-                f"the loss {self._sorted[0]} sorts the pairs of a step, which several processes do not see",
-                hint="Train on one device, or choose another loss.",
-            )
-        with torch.no_grad():
-            values = [self._values(*self._logprobs(policy, batch)[:2], batch) for batch in batches if batch.examples]
-        for name in self._sorted:
-            margins, references = zip(*(_sortable(name, pairs) for _, pairs in values), strict=True)
-            self._partners[name] = _Partners(torch.cat(margins), torch.cat(references))
+        self._begun: dict[int, _Begun] = {}  # by identity of the batch
+        if self._sorted:  # only then: with it, all micro-batches of a step are on the device at once
+            self.begin_step = self._begin_step
 
     def __call__(self, policy: Policy, batch: Batch) -> Loss:
-        """The summed loss of one micro-batch; `batch.weight` counts its pairs."""
-        config = self.config
-        logprobs, reference, concentration = self._logprobs(policy, batch)
+        """The summed loss of one micro-batch; `batch.weight`, the sum of its pairs' weights, is what it sums over.
+
+        Raises:
+            TrainingError: A loss sorts over the step, and `begin_step` has not seen this micro-batch of it.
+        """
+        config, begun = self.config, self._begun.get(id(batch))
+        begun = begun if begun is not None and begun.batch is batch else None
+        # The reference first: its activations are gone before the policy's come.
+        reference = begun.reference if begun is not None else self._reference(policy, batch)
+        stats = policy.token_stats(batch, want=self._want)
+        logprobs = stats.logprobs
+        if not batch.branches:  # a placeholder of a rank without pairs
+            return Loss(logprobs.sum())
         answers, pairs = self._values(logprobs, reference, batch)
-        weights = batch.extras["weights"].to(logprobs.dtype)
-        if concentration is not None:
-            weights = weights * _likelihood(logprobs.detach() - concentration, batch)
-        total = logprobs.sum() * 0
-        for name, weight in zip(config.loss, self._weights, strict=True):
-            if name == "sft":
-                total = total + weight * chosen_nll(answers, batch)
-            elif name in self._sorted:
-                total = total + weight * self._partner(name, pairs, batch).loss(*_sortable(name, pairs), batch.examples, config)
+        weights = batch.extras["weights"]
+        if stats.log_sum_sq is not None:
+            weights = weights * likelihood(logprobs.detach() - stats.log_sum_sq, batch)
+        matches = self._matches(pairs, batch, begun) if self._sorted else {}
+        total = logprobs.new_zeros(())
+        for name, share in zip(config.loss, self._weights, strict=True):
+            if name in SORTED:
+                total = total + share * transported(partial(dominance, config=config), *pairs.sides(name), matches[name])
             else:
-                total = total + weight * (weights * LOSSES[name](pairs, config)).sum()
+                losses = LOSSES[name](pairs, config)
+                total = total + share * (losses if name == "sft" else weights * losses).sum()
         metrics = pair_metrics(config.beta * pairs.chosen, config.beta * pairs.rejected, answers, batch)
-        if self.needs_reference:
+        if reference is not None:
             metrics |= distance(logprobs, reference)
         return Loss(total, metrics)
 
-    def _partner(self, name: str, pairs: PairScores, batch: Batch) -> _Partners:
-        """The sorted values of the step; those of the micro-batch where it is the whole step."""
-        if name in self._partners:
-            return self._partners[name]
-        if batch.weight != batch.step_weight:
-            raise TrainingError(f"the loss {name} sorts the pairs of a whole step, so begin_step must see all its micro-batches first")
-        return _Partners(*(values.detach() for values in _sortable(name, pairs)))
+    def _begin_step(self, policy: Policy, batches: Sequence[Batch], totals: Totals) -> None:
+        """Finds the partner of every value of the step. Every rank makes its passes, for strategies that compute together."""
+        self._begun.clear()
+        _, ranks = totals({"ranks": (0.0, 1.0)})["ranks"]
+        if ranks == 1 and len(batches) == 1:
+            return
+        references: list[torch.Tensor] = []
+        found: list[PairScores] = []
+        with torch.no_grad():
+            for batch in batches:
+                references.append(reference_logprobs(policy, batch))
+                logprobs = policy.token_stats(batch).logprobs
+                found.append(self._values(logprobs, references[-1], batch)[1])
+        weights = [batch.extras["weights"] for batch in batches]
+        matches = {name: match_step([pairs.sides(name) for pairs in found], weights, totals) for name in self._sorted}
+        for number, (batch, reference) in enumerate(zip(batches, references, strict=True)):
+            self._begun[id(batch)] = _Begun(batch, reference, {name: matches[name][number] for name in self._sorted})
 
-    def _logprobs(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities [K] of policy and reference, and what WPO needs."""
-        reference = reference_logprobs(policy, batch) if self.needs_reference else None
-        stats = policy.token_stats(batch, want=self._want)
-        concentration = getattr(stats, "log_sum_sq", None)
-        return stats.logprobs, stats.logprobs.detach() if reference is None else reference, concentration
+    def _matches(self, pairs: PairScores, batch: Batch, begun: _Begun | None) -> dict[str, tuple[Matches, Matches]]:
+        """Those that `begin_step` found, or those among the pairs at hand where they are the whole step."""
+        if begun is not None:
+            return begun.matches
+        if not math.isclose(batch.weight, batch.step_weight, rel_tol=1e-6):
+            raise TrainingError(
+                f"the loss {self._sorted[0]} sorts over all pairs of a step, found a micro-batch of weight {batch.weight:g} of "
+                f"{batch.step_weight:g}, expected begin_step to have seen it"
+            )
+        return {name: match_step([pairs.sides(name)], [batch.extras["weights"]], dict)[0] for name in self._sorted}
 
-    def _values(self, logprobs: torch.Tensor, reference: torch.Tensor, batch: Batch) -> tuple[Answers, PairScores]:
-        """The answers' log-probabilities by the policy, and the pairs' scores."""
+    def _reference(self, policy: Policy, batch: Batch) -> torch.Tensor | None:
+        return reference_logprobs(policy, batch) if self.needs_reference else None
+
+    def _values(self, logprobs: torch.Tensor, reference: torch.Tensor | None, batch: Batch) -> tuple[Answers, PairScores]:
+        """The answers' log-probabilities by the policy, and what the losses are functions of."""
         weights = batch.token_weights
         if self.config.ld_alpha is not None:
-            weights = weights * _length_weights(batch, self.config.ld_alpha)
+            weights = weights * length_weights(batch, self.config.ld_alpha)
         chosen, rejected = split(branch_sums(weights * logprobs, batch))
+        if reference is None:
+            reference = torch.zeros_like(logprobs)
         chosen_reference, rejected_reference = split(branch_sums(weights * reference, batch))
         chosen_ratio, rejected_ratio = chosen - chosen_reference, rejected - rejected_reference
         answers = Answers.of(logprobs, batch)
         scores = PairScores(
-            chosen_ratio,
-            rejected_ratio,
-            score(chosen_ratio, self.config),
-            score(rejected_ratio, self.config),
-            answers.chosen_tokens,
-            answers.rejected_tokens,
-            chosen - rejected,
-            chosen_reference - rejected_reference,
+            chosen=chosen_ratio,
+            rejected=rejected_ratio,
+            chosen_score=score(chosen_ratio, self.config),
+            rejected_score=score(rejected_ratio, self.config),
+            chosen_tokens=answers.chosen_tokens,
+            rejected_tokens=answers.rejected_tokens,
+            margin=chosen - rejected,
+            reference_margin=chosen_reference - rejected_reference,
+            chosen_nll=chosen_nll(answers, batch) if "sft" in self.config.loss else torch.zeros_like(answers.chosen),
         )
         return answers, scores
 
@@ -265,39 +333,7 @@ build = DPOObjective
 """What `objective: dpo` builds."""
 
 
-class _Partners:
-    """The sorted values of a whole step: each value's partner is the one of the same rank on the other side.
-
-    The loss of the step is the sum over ranks k of l(m_(k), ref_(k)). A micro-batch adds the terms of its own margins as they are, with
-    the partners held fixed, and for its own reference values their gradient alone: their value is counted with the margins.
-    """
-
-    def __init__(self, margins: torch.Tensor, references: torch.Tensor) -> None:
-        self._margins, self._margin_order = torch.sort(margins)
-        self._references, self._reference_order = torch.sort(references)
-        self._margin_ranks = torch.argsort(self._margin_order)
-        self._reference_ranks = torch.argsort(self._reference_order)
-        self._begun = 0
-
-    def loss(self, margins: torch.Tensor, references: torch.Tensor, count: int, config: DPO) -> torch.Tensor:
-        """This micro-batch's share; micro-batches come in the order in which the values were gathered."""
-        if self._begun >= len(self._margins):
-            self._begun = 0
-        part = slice(self._begun, self._begun + count)
-        self._begun += count
-        own = aot(margins, self._references[self._margin_ranks[part]], config)
-        if not references.requires_grad:  # those of the reference
-            return own.sum()
-        other = aot(self._margins[self._reference_ranks[part]], references, config)
-        return own.sum() + (other - other.detach()).sum()
-
-
-def _sortable(name: str, pairs: PairScores) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is sorted: the margin of the policy and of the reference, or the log-ratios of chosen and rejected."""
-    return (pairs.chosen, pairs.rejected) if name == "aot_unpaired" else (pairs.margin, pairs.reference_margin)
-
-
-def _length_weights(batch: Batch, alpha: float) -> torch.Tensor:
+def length_weights(batch: Batch, alpha: float) -> torch.Tensor:
     """[K]: 1 for the first tokens of each answer, as many as the shorter has, alpha beyond (LD-DPO, 2409.06411)."""
     lengths = batch.extras["lengths"]
     shorter = torch.minimum(*split(lengths)).repeat_interleave(2)
@@ -308,7 +344,7 @@ def _length_weights(batch: Batch, alpha: float) -> torch.Tensor:
     return torch.where(shared, 1.0, alpha)
 
 
-def _likelihood(aligned: torch.Tensor, batch: Batch) -> torch.Tensor:
+def likelihood(aligned: torch.Tensor, batch: Batch) -> torch.Tensor:
     """WPO's weight of each pair [P]: the product of exp(mean over tokens of log p_y - log sum_v p_v^2) of its answers (2406.11827).
 
     The likelihood of a token is compared with what the policy's own samples have on the average, so that sharp and flat distributions count

@@ -29,9 +29,19 @@ def log_one_minus_exp(x: torch.Tensor) -> torch.Tensor:
     return torch.where(near, close, far)
 
 
+def log_odds(mean_logprob: torch.Tensor) -> torch.Tensor:
+    """The log odds, log p - log(1 - p), of answers [P] from the mean log-probability of a token [P].
+
+    Where it rounds to 0, the answer is certain and its odds have no end: they are taken a rounding away from that. The gradient stays
+    1 / (1 - p), which that of log p with regard to the logits, of the order of 1 - p, makes finite again.
+    """
+    x = mean_logprob + (mean_logprob.clamp(max=-torch.finfo(mean_logprob.dtype).eps) - mean_logprob).detach()
+    return x - log_one_minus_exp(x)
+
+
 def odds_ratio(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """-log sigma(log odds(y+) - log odds(y-)) of each pair [P], from mean log-probabilities [P], each below 0."""
-    return -F.logsigmoid((chosen - rejected) - (log_one_minus_exp(chosen) - log_one_minus_exp(rejected)))
+    """-log sigma(log odds(y+) - log odds(y-)) of each pair [P], from mean log-probabilities [P], each at most 0."""
+    return -F.logsigmoid(log_odds(chosen) - log_odds(rejected))
 
 
 class ORPOObjective:
@@ -43,13 +53,14 @@ class ORPOObjective:
         self.config = config
 
     def __call__(self, policy: Policy, batch: Batch) -> Loss:
-        """The summed loss of one micro-batch; `batch.weight` counts its pairs."""
-        answers = Answers.of(policy.token_stats(batch).logprobs, batch)
-        # An answer that is certain has odds without end; a rounding away from certain they are large.
-        chosen, rejected = (mean.clamp(max=-torch.finfo(mean.dtype).eps) for mean in answers.means)
-        total = chosen_nll(answers, batch) + self.config.beta * (batch.extras["weights"] * odds_ratio(chosen, rejected)).sum()
-        metrics = pair_metrics(self.config.beta * chosen, self.config.beta * rejected, answers, batch)
-        return Loss(total, metrics)
+        """The summed loss of one micro-batch; `batch.weight`, the sum of its pairs' weights, is what it sums over."""
+        logprobs = policy.token_stats(batch).logprobs
+        if not batch.branches:  # a placeholder of a rank without pairs
+            return Loss(logprobs.sum())
+        answers, beta = Answers.of(logprobs, batch), self.config.beta
+        chosen, rejected = answers.means
+        total = (chosen_nll(answers, batch) + beta * batch.extras["weights"] * odds_ratio(chosen, rejected)).sum()
+        return Loss(total, pair_metrics(beta * chosen, beta * rejected, answers, batch))
 
 
 build = ORPOObjective

@@ -37,13 +37,16 @@ class SimPOObjective:
         self.config = config
 
     def __call__(self, policy: Policy, batch: Batch) -> Loss:
-        """The summed loss of one micro-batch; `batch.weight` counts its pairs."""
+        """The summed loss of one micro-batch; `batch.weight`, the sum of its pairs' weights, is what it sums over."""
         config = self.config
-        answers = Answers.of(policy.token_stats(batch).logprobs, batch)
+        logprobs = policy.token_stats(batch).logprobs
+        if not batch.branches:  # a placeholder of a rank without pairs
+            return Loss(logprobs.sum())
+        answers = Answers.of(logprobs, batch)
         chosen, rejected = (reward(mean, config.alpha) for mean in answers.means)
         total = (batch.extras["weights"] * simpo(chosen, rejected, config)).sum()
         if config.sft_weight:
-            total = total + config.sft_weight * chosen_nll(answers, batch)
+            total = total + config.sft_weight * chosen_nll(answers, batch).sum()
         return Loss(total, pair_metrics(config.beta * chosen, config.beta * rejected, answers, batch))
 
 

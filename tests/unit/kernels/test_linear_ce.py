@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import pytest
@@ -25,6 +26,8 @@ from burnish.kernels.linear_ce import (
     weighted_nll,
 )
 
+MOST = OPTIONAL - {"log_sum_sq"}
+"""What every implementation computes."""
 DIFFERENTIABLE = ("logprobs", "logsumexp", "mean_logit", "entropy")
 
 
@@ -154,10 +157,10 @@ def test_large_logits_cost_no_precision(dtype):
     weight = torch.tensor([[1.0], [1.0], [-1.0], [0.5]], dtype=dtype)
     bias = torch.tensor([0.0, 0.0, 0.0, 0.0], dtype=dtype)
     targets = torch.tensor([0, 2, 3])
-    stats = head_stats(hidden, weight, targets, bias=bias, want=OPTIONAL)
+    stats = head_stats(hidden, weight, targets, bias=bias, want=MOST)
     (stats.logprobs + stats.entropy).sum().backward()
     exact = hidden.detach().double().requires_grad_()
-    truth = head_stats_reference(exact, weight.double(), targets, bias=bias.double(), want=OPTIONAL)
+    truth = head_stats_reference(exact, weight.double(), targets, bias=bias.double(), want=MOST)
     (truth.logprobs + truth.entropy).sum().backward()
     for name in ("logprobs", "entropy"):
         torch.testing.assert_close(getattr(stats, name).double(), getattr(truth, name), rtol=1e-6, atol=1e-6)
@@ -268,6 +271,40 @@ def test_an_implementation_by_name_must_know_the_type():
         head_stats(parts["hidden"], parts["weight"], targets, impl="cuda")
 
 
+@pytest.mark.parametrize("trained", [(), ("hidden",), ("hidden", "weight", "bias")])
+@pytest.mark.parametrize("shape", [{}, {"softcap": 2.0, "scale": 1.5, "temperature": 0.7}])
+def test_log_sum_sq_is_that_of_two_equal_draws(trained, shape):
+    parts, targets = head(bias=True, train=trained)
+    stats = head_stats(parts["hidden"], parts["weight"], targets, bias=parts["bias"], chunk=3, want=frozenset({"log_sum_sq"}), **shape)
+    logits = F.linear(parts["hidden"], parts["weight"], parts["bias"]) * shape.get("scale", 1.0)
+    logits = logits if not shape else shape["softcap"] * torch.tanh(logits / shape["softcap"]) / shape["temperature"]
+    p = torch.softmax(logits.detach(), -1)
+    torch.testing.assert_close(stats.log_sum_sq, (p * p).sum(-1).log())
+    assert not stats.log_sum_sq.requires_grad
+    if trained:
+        both, alone = (
+            torch.autograd.grad(found.logprobs.sum(), [parts[name] for name in trained])
+            for found in (stats, head_stats(parts["hidden"], parts["weight"], targets, bias=parts["bias"], chunk=3, **shape))
+        )
+        torch.testing.assert_close(both, alone)
+
+
+def test_log_sum_sq_of_a_certain_and_of_an_open_prediction():
+    weight = torch.zeros(128256, 1)
+    weight[0] = 100.0
+    stats = head_stats(torch.tensor([[1.0], [0.0]]), weight, torch.tensor([0, 5]), want=frozenset({"log_sum_sq"}))
+    assert stats.log_sum_sq.tolist() == pytest.approx([0.0, -math.log(128256)], rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.usefixtures("c_kernel")
+def test_log_sum_sq_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(native, "head_chunk", None)
+    parts, targets = head(dtype=torch.float32)
+    assert head_stats(parts["hidden"], parts["weight"], targets, want=OPTIONAL).log_sum_sq is not None
+    with pytest.raises(ValueError, match="the 'native' head does not compute log_sum_sq"):
+        head_stats(parts["hidden"], parts["weight"], targets, want=OPTIONAL, impl="native")
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_a_temperature_must_be_positive(temperature):
     parts, targets = head()
@@ -285,17 +322,17 @@ def test_cases_are_heads():
 def test_autocast_decides_the_type_of_products_only(backward_inside):
     parts, targets = head(k=9, h=16, v=64, dtype=torch.float32, train=("hidden", "weight"))
     with torch.autocast("cpu", torch.bfloat16):
-        stats = head_stats(parts["hidden"], parts["weight"], targets, want=OPTIONAL)
+        stats = head_stats(parts["hidden"], parts["weight"], targets, want=MOST)
         if backward_inside:
             objective(stats).backward()
     if not backward_inside:
         objective(stats).backward()
     rounded = {n: x.detach().bfloat16() for n, x in parts.items() if x is not None}
-    plain = head_stats_reference(rounded["hidden"], rounded["weight"], targets, want=OPTIONAL)
+    plain = head_stats_reference(rounded["hidden"], rounded["weight"], targets, want=MOST)
     assert stats.logprobs.dtype is torch.float32
     torch.testing.assert_close(stats.logprobs, plain.logprobs)
     assert parts["hidden"].grad.dtype is parts["weight"].grad.dtype is torch.float32
-    _, expected = gradients(head_stats_reference, parts, targets, want=OPTIONAL)
+    _, expected = gradients(head_stats_reference, parts, targets, want=MOST)
     for name in ("hidden", "weight"):
         error = (parts[name].grad - expected[name]).norm() / expected[name].norm()
         assert error < 0.02
