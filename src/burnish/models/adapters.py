@@ -143,7 +143,8 @@ def save(model: PeftModel, folder: Path) -> None:
         state |= {f"{_SCORE}{name}": value for name, value in head.state_dict().items()}
         config.task_type = score.TASKS[judges]
         config.modules_to_save = [*(config.modules_to_save or ()), score.NAME]
-        if rows := config.trainable_token_indices:  # those of the output head went with it
+        config.ensure_weight_tying = False  # there is no output head that could be tied
+        if rows := config.trainable_token_indices:
             inputs = _embedding_names(model.get_base_model())  # pyright: ignore[reportArgumentType]
             config.trainable_token_indices = {name: ids for name, ids in rows.items() if name in inputs}
     config.inference_mode = True

@@ -83,10 +83,10 @@ def put_score(whole: Any, state: Mapping[str, torch.Tensor], *, trainable: bool)
 
 
 def drop_output_head(whole: Any) -> None:
-    """Takes the output head off a causal LM, unless it shares its weight with the input embeddings: then there is nothing to gain."""
-    head = whole.get_output_embeddings()
-    if head is not None and head.weight is not whole.get_input_embeddings().weight:
+    """Takes the output head off a causal LM. Its embeddings are tied to nothing then, which PEFT must know."""
+    if whole.get_output_embeddings() is not None:
         whole.set_output_embeddings(None)
+        whole.config.tie_word_embeddings = whole.config.get_text_config(decoder=True).tie_word_embeddings = False
 
 
 def _refuse_trained_head(model: Any, whole: Any) -> None:
