@@ -57,9 +57,12 @@ def attach_score(model: nn.Module, judges: Judges) -> None:
     present = score_of(model)
     if present is not None and present.out_features != outputs:
         raise ModelError(f"the model has a score head with {present.out_features} outputs, but judging {judges} needs {outputs}")
+    like: Any = getattr(shell, NAME)
+    if present is not None and (getattr(present, "bias", None) is None) is not (like.bias is None):
+        have, needs = ("no bias", "one") if present.bias is None else ("a bias", "none")  # pyright: ignore[reportUnnecessaryComparison]
+        raise ModelError(f"the model has a score head with {have}, but {type(shell).__name__} needs {needs}")
     if present is None:
         text = whole.config.get_text_config(decoder=True)
-        like: Any = getattr(shell, NAME)
         present = nn.Linear(like.in_features, outputs, bias=like.bias is not None, device=whole.device, dtype=torch.float32)
         nn.init.normal_(present.weight, std=float(getattr(text, "initializer_range", 0.02)))
         if like.bias is not None:
@@ -105,9 +108,9 @@ def score_of(model: nn.Module) -> nn.Linear | None:
 
 
 def judged_by(model: nn.Module) -> Judges | None:
-    """What a model with a score head judges; None where it has none."""
+    """What a model with a score head judges; None where it has none, or one with another number of outputs."""
     head = score_of(model)
-    return None if head is None else "answers" if head.out_features == 1 else "steps"
+    return None if head is None else next((judges for judges, outputs in _OUTPUTS.items() if head.out_features == outputs), None)
 
 
 def as_classifier(model: PreTrainedModel, judges: Judges, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

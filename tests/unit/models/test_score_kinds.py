@@ -28,7 +28,7 @@ from burnish.models.inference import load_for_inference
 from burnish.models.load import load_model
 from burnish.models.policy import Policy
 from burnish.models.save import save_model
-from burnish.models.score import Judges, attach_score, padding_of, score_of
+from burnish.models.score import Judges, attach_score, judged_by, padding_of, score_of
 from burnish.models.tokenizer import add_tokens, load_tokenizer
 
 IDS = torch.arange(1, 11)
@@ -223,6 +223,18 @@ def test_adapter_made_by_peft_alone(tiny_model: Path, tmp_path: Path) -> None:
 def test_an_adapter_on_the_output_head_is_refused(untied: Path, settings: dict[str, Any], where: str) -> None:
     with pytest.raises(AdapterError, match=f"adapter.{where}: 'lm_head' cannot be trained, for a reward model has no output head"):
         policy_of(untied, Adapter(rank=4, **settings), "answers")
+
+
+def test_a_classifier_of_another_kind_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """Two outputs for a whole text, as for a mood: without the bias that steps have. And five, which judge nothing known here."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    for outputs, why in ((2, "a score head with no bias, but LlamaForTokenClassification needs one"), (5, "a score head with 5 outputs")):
+        AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=outputs).save_pretrained(tmp_path / str(outputs))
+        tokenizer.save_pretrained(tmp_path / str(outputs))
+        model = load_model(Model(path=str(tmp_path / str(outputs))), compute_dtype=torch.float32, scorer=True)
+        with pytest.raises(ModelError, match=why):
+            attach_score(model, "steps")
+    assert judged_by(model) is None
 
 
 def test_the_output_head_is_gone(untied: Path) -> None:
