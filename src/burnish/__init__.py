@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from burnish.data.types import Batch, Completion, Conversation, Judged, Message, Pair, Stepwise
     from burnish.models.policy import Policy
     from burnish.objectives.base import Loss
-    from burnish.reward import RewardModel, load_reward
+    from burnish.reward import ProcessRewardModel, RewardModel, load_process_reward, load_reward
     from burnish.run import Run, load, train
 
 _HOMES = {
@@ -40,10 +40,12 @@ _HOMES = {
     "Message": "burnish.data.types",
     "Pair": "burnish.data.types",
     "Policy": "burnish.models.policy",
+    "ProcessRewardModel": "burnish.reward",
     "RewardModel": "burnish.reward",
     "Run": "burnish.run",
     "Stepwise": "burnish.data.types",
     "load": "burnish.run",
+    "load_process_reward": "burnish.reward",
     "load_reward": "burnish.reward",
     "train": "burnish.run",
 }
@@ -58,10 +60,12 @@ __all__ = [
     "Message",
     "Pair",
     "Policy",
+    "ProcessRewardModel",
     "RewardModel",
     "Run",
     "Stepwise",
     "load",
+    "load_process_reward",
     "load_reward",
     "train",
 ]

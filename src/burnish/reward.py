@@ -1,9 +1,12 @@
-"""A trained reward model in use.
+"""Trained reward models in use.
 
     reward = burnish.load_reward("runs/reward")
     reward.score([[{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]])      # [1.7]
 
-Conversations are computed side by side in flat batches, as in training, and each is scored at its last token.
+    judge = burnish.load_process_reward("runs/steps")
+    judge.score([("2 + 2 + 2?", ["2 + 2 = 4", "4 + 2 = 7"])])                                           # [[0.98, 0.03]]
+
+Texts are computed side by side in flat batches, as in training: a conversation is scored at its last token, a step at its own last one.
 """
 
 from __future__ import annotations
@@ -11,30 +14,61 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from burnish.config.sections import Model
-from burnish.core.errors import ModelError
+from burnish.core.errors import ModelError, RowError, Where
 from burnish.data.collate import collate
 from burnish.data.formats import messages
 from burnish.data.formats.base import Binding, Fields
 from burnish.data.packing import plan_micro_batches
 from burnish.data.render import Renderer
 from burnish.data.sources.row import Row
-from burnish.data.types import Conversation
+from burnish.data.types import Answer, Completion, Conversation, Example, Stepwise
 from burnish.engine.backend import Backend, Precision
 from burnish.models.inference import load_for_inference
 from burnish.models.policy import Policy
-from burnish.models.score import judged_by
+from burnish.models.score import Judges, judged_by
 
-Dialogue = Conversation | Sequence[Mapping[str, Any]]
-"""A conversation, or its messages as OpenAI writes them."""
+Dialogue = Answer | Sequence[Mapping[str, Any]]
+"""A conversation, its messages as OpenAI writes them, or a prompt with its completion as plain text."""
+Solution = tuple[str, Sequence[str]]
+"""A prompt, and the steps of its solution."""
 
 _MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
-class RewardModel:
+class _Scorer:
+    """A policy with a score head, on flat batches."""
+
+    judges: Judges
+
+    def __init__(self, policy: Policy, renderer: Renderer, backend: Backend) -> None:
+        if judged_by(policy.model) != self.judges:
+            wanted = (
+                "whole answers, with a score head of one output" if self.judges == "answers" else "steps, with a score head of two outputs"
+            )
+            raise ModelError(f"expected a reward model that scores {wanted}")
+        self.policy = policy.eval()
+        self.renderer = renderer
+        self.backend = backend
+
+    def _outputs(self, examples: Sequence[Example]) -> list[torch.Tensor]:
+        """The head's outputs [S, n] for every example, in fp32: at the end of each branch, or of a plain example."""
+        found: dict[int, torch.Tensor] = {}
+        budget = _MICRO_BATCH_TOKENS.get(self.backend.device.type, 8192)
+        (plan,) = plan_micro_batches([len(example.input_ids) for example in examples], budget)
+        for places in filter(None, plan):
+            batch = collate([examples[place] for place in places], step_weight=1.0)
+            batch.extras.setdefault("ends", torch.tensor(batch.doc_ends) - 1)
+            with torch.no_grad(), self.backend.autocast():
+                outputs = self.policy.scores(batch.to(self.backend.device)).float().cpu()
+            counts = [max(1, len(examples[place].values)) for place in places]
+            found |= zip(places, outputs.split(counts), strict=True)
+        return [found[place] for place in range(len(examples))]
+
+
+class RewardModel(_Scorer):
     """Scores conversations by their last turn.
 
     Args:
@@ -46,12 +80,7 @@ class RewardModel:
         ModelError: the model has no such head.
     """
 
-    def __init__(self, policy: Policy, renderer: Renderer, backend: Backend) -> None:
-        if judged_by(policy.model) != "answers":
-            raise ModelError("expected a reward model that scores whole answers, with a score head of one output")
-        self.policy = policy.eval()
-        self.renderer = renderer
-        self.backend = backend
+    judges = "answers"
 
     def score(self, dialogues: Sequence[Dialogue]) -> list[float]:
         """One number for each conversation, higher is better; only differences mean something.
@@ -59,17 +88,42 @@ class RewardModel:
         Raises:
             RowError: a conversation is malformed; the row is its number, from 1.
         """
-        read = [one if isinstance(one, Conversation) else _read(one, number) for number, one in enumerate(dialogues, start=1)]
-        examples = [self.renderer.render(one) for one in read]
-        found = np.zeros(len(examples))
-        budget = _MICRO_BATCH_TOKENS.get(self.backend.device.type, 8192)
-        (plan,) = plan_micro_batches([len(example.input_ids) for example in examples], budget)
-        for places in filter(None, plan):
-            batch = collate([examples[place] for place in places], step_weight=1.0)
-            batch.extras["ends"] = torch.tensor(batch.doc_ends) - 1
-            with torch.no_grad(), self.backend.autocast():
-                found[places] = self.policy.scores(batch.to(self.backend.device)).squeeze(-1).float().cpu().numpy()
-        return found.tolist()
+        places = [Where(file="dialogues", row=number) for number in range(1, len(dialogues) + 1)]
+        read = [_read(one, number) for number, one in enumerate(dialogues, start=1)]
+        outputs = self._outputs([self.renderer.render(one, where=where) for one, where in zip(read, places, strict=True)])
+        return [float(output) for output in outputs]
+
+
+class ProcessRewardModel(_Scorer):
+    """Judges the steps of solutions.
+
+    Args:
+        policy: A model with a score head of two outputs (wrong, right), with its tokenizer.
+        renderer: Turns solutions into tokens.
+        backend: Devices and precision.
+
+    Raises:
+        ModelError: the model has no such head.
+    """
+
+    judges = "steps"
+
+    def score(self, solutions: Sequence[Solution]) -> list[list[float]]:
+        """The probability that a step is right, for every step of every solution, each in the light of what stands before it.
+
+        Raises:
+            RowError: a solution is malformed; the row is its number, from 1.
+        """
+        examples: list[Example] = []
+        for number, (prompt, steps) in enumerate(solutions, start=1):
+            where = Where(file="solutions", row=number)
+            if isinstance(steps, str) or not steps:
+                raise RowError("expected the solution as a list of steps", where=where)
+            example = self.renderer.render(Stepwise(prompt, tuple(steps), (0.0,) * len(steps)), where=where)
+            if len(example.ends) != len(steps) + 1:
+                raise RowError("nothing stands before the steps, so there is no prompt whose solution they could be", where=where)
+            examples.append(example)
+        return [output.softmax(dim=-1)[:, 1].tolist() for output in self._outputs(examples)]
 
 
 def load_reward(target: str, *, precision: Precision = "auto", base: str | None = None) -> RewardModel:
@@ -83,12 +137,27 @@ def load_reward(target: str, *, precision: Precision = "auto", base: str | None 
     Raises:
         ModelError: it cannot be loaded, or is no reward model.
     """
+    return RewardModel(*_load(target, precision, base))
+
+
+def load_process_reward(target: str, *, precision: Precision = "auto", base: str | None = None) -> ProcessRewardModel:
+    """Loads a process reward model: as `load_reward`, of a token classification model with the two classes wrong and right.
+
+    Raises:
+        ModelError: it cannot be loaded, or is no process reward model.
+    """
+    return ProcessRewardModel(*_load(target, precision, base))
+
+
+def _load(target: str, precision: Precision, base: str | None) -> tuple[Policy, Renderer, Backend]:
     backend = Backend(precision=precision)
     loaded = load_for_inference(target, dtype=backend.storage_dtype, device=backend.device, base=base, scorer=True)
     policy = Policy(loaded.model, loaded.tokenizer, attention=Model(path=target).attention)
-    return RewardModel(policy, Renderer(loaded.tokenizer), backend)
+    return policy, Renderer(loaded.tokenizer), backend
 
 
-def _read(dialogue: Sequence[Mapping[str, Any]], number: int) -> Conversation:
+def _read(dialogue: Dialogue, number: int) -> Answer:
+    if isinstance(dialogue, Conversation | Completion):
+        return dialogue
     fields = Fields(Row("dialogues", number, {"messages": list(dialogue)}), Binding({}))
     return messages.whole(fields, messages.read_messages(fields, "messages", fields.json("messages")))

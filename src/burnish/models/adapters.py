@@ -55,6 +55,8 @@ with hidden("bitsandbytes"):
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"
 _SCORE = f"base_model.model.{score.NAME}."
+_CLASSIFIERS = (score.NAME, "classifier")
+"""Modules that PEFT trains in classification models, whether they are there or not."""
 _INITS: dict[str, Any] = {"default": True}
 _MOVES_BASE = ("pissa", "olora")  # these start from a part of the base weight, and take that part out of it
 _QUANTIZED = (torch.uint8, torch.int8)
@@ -78,7 +80,7 @@ def attach(model: PreTrainedModel, adapter: Adapter, *, new_token_ids: Sequence[
     _check(model, adapter, targets)
     whole = find_whole_modules(model, adapter.save_modules)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=_task(model),
         r=adapter.rank,
         lora_alpha=_number(adapter.alpha),
         lora_dropout=adapter.dropout,
@@ -108,12 +110,14 @@ def load(model: PreTrainedModel, path: str | Path, *, trainable: bool = False) -
     with _fitting(folder):
         state = load_file(folder / WEIGHTS_FILE)
     scores = {name: state.pop(name) for name in list(state) if name.startswith(_SCORE)}
-    if scores:  # of a reward model; the model here is the causal LM that it was made from
-        config.task_type = "CAUSAL_LM"
-        config.modules_to_save = [name for name in config.modules_to_save or () if name != score.NAME] or None
+    if scores:  # of a reward model; its head is put on by itself, so that the model may be the causal LM that it was made from
+        score.drop_output_head(model)
+        config.task_type = _task(model)
+        config.modules_to_save = [name for name in config.modules_to_save or () if name not in _CLASSIFIERS] or None
     wrapped = _wrap(model, config)
     if scores:
-        _put_score(wrapped, scores, trainable)
+        with _fitting(folder):
+            score.put_score(model, {name.removeprefix(_SCORE): value for name, value in scores.items()}, trainable=trainable)
     with _fitting(folder):
         result = set_peft_model_state_dict(wrapped, state)
     missing = [name for name in result.missing_keys if f".{_NAME}" in name and ("lora_" in name or "modules_to_save" in name)]
@@ -139,22 +143,15 @@ def save(model: PeftModel, folder: Path) -> None:
         state |= {f"{_SCORE}{name}": value for name, value in head.state_dict().items()}
         config.task_type = score.TASKS[judges]
         config.modules_to_save = [*(config.modules_to_save or ()), score.NAME]
+        config.ensure_weight_tying = False  # there is no output head that could be tied
+        if rows := config.trainable_token_indices:
+            inputs = _embedding_names(model.get_base_model())  # pyright: ignore[reportArgumentType]
+            config.trainable_token_indices = {name: ids for name, ids in rows.items() if name in inputs}
     config.inference_mode = True
     save_file(
         {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}, folder / WEIGHTS_FILE, metadata={"format": "pt"}
     )
     config.save_pretrained(str(folder))
-
-
-def _put_score(model: PeftModel, state: dict[str, torch.Tensor], trainable: bool) -> None:
-    """The score head of a saved reward adapter, on the causal LM."""
-    weight, bias = state.get(f"{_SCORE}weight"), state.get(f"{_SCORE}bias")
-    if weight is None:
-        raise AdapterError(f"the adapter's score head has no weight, only {', '.join(state)}")
-    whole: Any = model.get_base_model()
-    head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=whole.device, dtype=torch.float32)
-    head.load_state_dict({name.removeprefix(_SCORE): value.float() for name, value in state.items()})
-    setattr(whole, score.NAME, head.requires_grad_(trainable))
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
@@ -419,6 +416,11 @@ def _check(model: PreTrainedModel, adapter: Adapter, targets: Targets) -> None:
         raise AdapterError(f"adapter.init: {adapter.init} does not work together with adapter.dora")
     if any(parameter.dtype in _QUANTIZED for parameter in model.parameters()):
         raise AdapterError(f"adapter.init: {adapter.init} changes the base weights, which a quantised model does not allow")
+
+
+def _task(model: PreTrainedModel) -> Any:
+    """What PEFT is told that the model does; a classification model that gets an adapter says it when it is saved."""
+    return "CAUSAL_LM" if model.can_generate() else None
 
 
 def _token_rows(model: PreTrainedModel, ids: Sequence[int], whole: Sequence[str]) -> dict[str, list[int]]:

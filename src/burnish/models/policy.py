@@ -102,6 +102,8 @@ class Policy:
             return self._reference.token_stats(batch, want=want)
         anatomy = self.anatomy
         if anatomy.head is None:
+            if score_of(self.model) is not None:
+                raise ModelError("a reward model has no log-probabilities, expected a model with an output head")
             return stats_from_logits(self._own_logits(batch), batch.targets, want)
         hidden = self.hidden(batch).index_select(0, batch.rows)
         shape: dict[str, Any] = {"softcap": anatomy.softcap, "scale": anatomy.scale, "want": want}
@@ -280,6 +282,8 @@ class Policy:
 
     def head_bytes(self) -> float:
         """What the head holds at once: a chunk of logits and of their gradients, in float32."""
+        if score_of(self.model) is not None:
+            return 0.0
         vocabulary = self.anatomy.vocabulary
         return 8.0 * vocabulary * default_chunk(vocabulary, self.device)
 

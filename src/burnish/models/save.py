@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from burnish.core.errors import ModelError, Where
 from burnish.models import adapters
 from burnish.models.quiet import quiet
-from burnish.models.score import as_classifier, judged_by
+from burnish.models.score import as_classifier, judged_by, padding_of
 
 
 def save_model(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path | str, *, dtype: torch.dtype | None = None) -> Path:
@@ -51,6 +51,8 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path | st
         else:
             _save_whole(as_classifier(inner, judges, tokenizer), fresh, dtype)
         _save_tokenizer(tokenizer, fresh)
+        if judges is not None and (padding := padding_of(tokenizer)) is not None:
+            _edit(fresh / "tokenizer_config.json", pad_token=str(tokenizer.convert_ids_to_tokens(padding)))  # what the config says, too
     return target
 
 

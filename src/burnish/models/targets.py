@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from burnish.core.errors import AdapterError, did_you_mean
 from burnish.core.log import info
+from burnish.models.score import score_of
 
 _GROUPS = {
     "attention": re.compile(r"(^|[._])(attn|attention|self_attn|self_attention)([._]|$)"),
@@ -49,7 +50,7 @@ def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> Target
     Raises:
         AdapterError: when a name or pattern matches no linear layer.
     """
-    layers = _layers(model)
+    layers = {name: layer for name, layer in _layers(model).items() if layer is not score_of(model)}
     experts = {
         name: parameter for name, parameter in model.named_parameters() if parameter.dim() == _EXPERT_DIMENSIONS and "expert" in name
     }
