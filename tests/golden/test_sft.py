@@ -46,7 +46,7 @@ class Rows:
         self._examples = [self._row(number) for number in range(start, start + count)]
         self.lengths = np.array([len(e.input_ids) for e in self._examples], dtype=np.int32)
         self.trained = np.array([int((e.weights[1:] > 0).sum()) for e in self._examples], dtype=np.int32)
-        self.weights = np.array([float(e.weights[1:].sum()) for e in self._examples])
+        self.weights = self.leading = np.array([float(e.weights[1:].sum()) for e in self._examples])
 
     @staticmethod
     def _row(number: int) -> Example:

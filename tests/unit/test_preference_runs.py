@@ -150,7 +150,14 @@ def test_a_loop_of_ones_own_is_the_same_run(settings: dict[str, Any], objective:
     kind = {"kind": objective} if isinstance(objective, str) else objective
     whole = train(settings, "whole", objective=kind, data={"eval": None}, evaluation={"every": None}, train={"micro_batch_tokens": 400})
     run = Run.from_config(
-        changed(settings, objective=kind, data={"eval": None}, train={"micro_batch_tokens": 400}, output="runs/own", evaluation={"every": None})
+        changed(
+            settings,
+            objective=kind,
+            data={"eval": None},
+            train={"micro_batch_tokens": 400},
+            output="runs/own",
+            evaluation={"every": None},
+        )
     )
     losses = [result.loss for batch in run.batches() if (result := run.step(run.loss(batch))) is not None]
     assert losses == pytest.approx([line["loss"] for line in whole], rel=1e-6)
@@ -167,11 +174,14 @@ def test_a_process_reward_model(settings: dict[str, Any], tmp_path: Path) -> Non
     assert json.loads(Path("runs/steps/model/adapter_config.json").read_text())["task_type"] == "TOKEN_CLS"
 
 
-def test_distillation_from_a_teacher(settings: dict[str, Any], tiny_model: Path) -> None:
+def test_distillation_from_a_teacher(settings: dict[str, Any]) -> None:
     data = {"train": {"path": str(ROWS.with_name("service_desk.jsonl")), "limit": 24}}
-    lines = train(settings, "distilled", objective={"kind": "distill", "teacher": str(tiny_model)}, data=data)
-    assert lines[0]["divergence"] == pytest.approx(0, abs=1e-6)  # the teacher is the student as it starts
-    assert lines[0]["agreement"] == 1 and lines[-1]["eval_perplexity"] > 1
+    whole = {"data": data, "adapter": None, "train": {"steps": 20}}
+    train(settings, "teacher", objective={"kind": "sft"}, **whole)
+    lines = train(settings, "student", objective={"kind": "distill", "teacher": "runs/teacher/model"}, **whole)
+    first, last = lines[0], lines[19]
+    assert last["divergence"] < 0.8 * first["divergence"] and last["nll"] < first["nll"]
+    assert lines[-1]["eval_perplexity"] > 1 and 0 <= lines[-1]["eval_agreement"] <= 1
 
 
 def test_a_teacher_with_other_tokens_is_refused(settings: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
@@ -185,16 +195,16 @@ def test_a_teacher_with_other_tokens_is_refused(settings: dict[str, Any], tiny_m
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(document))
     data = {"train": {"path": str(ROWS.with_name("service_desk.jsonl")), "limit": 24}}
-    with pytest.raises(ModelError, match="has another tokenizer: the token .* is not the same in both"):
+    with pytest.raises(ModelError, match=r"has another tokenizer: the token .* is not the same in both"):
         train(settings, "distilled", objective={"kind": "distill", "teacher": str(other)}, data=data)
 
 
 def test_rows_and_settings_that_do_not_fit(settings: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="they fit messages"):
+    with pytest.raises(DataError, match=r"they fit messages"):
         train(settings, "sft-rows", data={"train": str(ROWS.with_name("service_desk.jsonl"))})
     with pytest.raises(DataError, match="the rows are preference pairs"):
         train(settings, "pairs", objective={"kind": "sft"})
-    with pytest.raises(ConfigError, match="compares answers, so data.train_on: all means nothing to it"):
+    with pytest.raises(ConfigError, match=r"compares answers, so data\.train_on: all means nothing to it"):
         train(settings, "all", data={"train_on": "all"})
     with pytest.raises(ConfigError, match="split cuts answers that dpo compares whole"):
         train(settings, "split", data={"overlong": "split"})
@@ -213,7 +223,7 @@ def test_an_objective_of_ones_own_says_what_it_compares(settings: dict[str, Any]
         "from burnish.objectives.base import branch_sums\n"
         "def margin(policy, batch):\n"
         "    sums = branch_sums(policy.token_stats(batch).logprobs, batch)\n"
-        "    return -(sums[0::2] - sums[1::2]).sigmoid().sum()\n"
+        "    return -(0.01 * (sums[0::2] - sums[1::2])).sigmoid().sum()\n"
         "margin.batch_kind = 'pairs'\n"
     )
     lines = train(settings, "own", objective={"kind": "./mine.py:margin"})
