@@ -17,7 +17,7 @@ from benchmarks.peers.job import Job, StepLog, read_job
 
 # As in llamafactory_sft.py.
 sys.modules["torchaudio"] = ModuleType("torchaudio")
-from llamafactory.train.dpo import workflow  # noqa: E402
+from llamafactory.train.dpo import trainer  # noqa: E402
 from llamafactory.train.tuner import run_exp  # noqa: E402
 
 del sys.modules["torchaudio"]
@@ -29,7 +29,7 @@ def main() -> None:
     job = read_job()
     log = StepLog(job)
     watch = Measured(log)
-    workflow.CustomDPOTrainer = measured(workflow.CustomDPOTrainer, watch, count)
+    trainer.CustomDPOTrainer = measured(trainer.CustomDPOTrainer, watch, count)
     run_exp(settings(job), callbacks=[watch])
     log.end("llamafactory", "transformers", "peft", "accelerate", "trl")
 
