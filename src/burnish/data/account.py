@@ -216,7 +216,7 @@ class Account:
         trained = f"{tokens.trained:,} trained ({share(tokens.trained, tokens.total)})"
         held_out = rows.eval + (self.evaluation.rows.kept if self.evaluation else 0)
         parts = [f"{self.examples:,} examples, {tokens.total:,} tokens, {trained}"]
-        parts += [f"{held_out:,} rows held out"] if held_out else []
+        parts += [f"{held_out:,} {'row' if held_out == 1 else 'rows'} held out"] if held_out else []
         if long := rows.overlong - rows.dropped:
             cut = f" ({tokens.truncated:,} tokens cut off)" if tokens.truncated else ""
             parts.append(f"{long:,} rows longer than data.max_length{cut}")
