@@ -92,12 +92,12 @@ def read_rows(file: Path | None) -> list[dict]:
 
 
 def long_rows(options: argparse.Namespace) -> list[dict]:
-    """Made-up pairs: a word is about 1.3 tokens."""
+    """Made-up pairs: a word of these is about 1.25 tokens."""
     draw = random.Random(0)
     words = (ROOT / "recipes/data/service_desk.jsonl").read_text(encoding="utf-8").replace('"', " ").split()
 
     def text(tokens: int) -> str:
-        return " ".join(draw.choices(words, k=int(tokens / 2.2)))
+        return " ".join(draw.choices(words, k=int(tokens / 1.25)))
 
     count = options.batch_size * (options.warmup + options.steps)
     return [

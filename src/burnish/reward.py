@@ -44,11 +44,15 @@ class _Scorer:
     judges: Judges
 
     def __init__(self, policy: Policy, renderer: Renderer, backend: Backend) -> None:
-        if judged_by(policy.model) != self.judges:
+        if (found := judged_by(policy.model)) != self.judges:
             wanted = (
                 "whole answers, with a score head of one output" if self.judges == "answers" else "steps, with a score head of two outputs"
             )
-            raise ModelError(f"expected a reward model that scores {wanted}")
+            what = {"answers": "one that scores whole answers", "steps": "one that scores steps", None: "a model without a score head"}[
+                found
+            ]
+            hint = {"answers": "burnish.load_reward takes it.", "steps": "burnish.load_process_reward takes it.", None: None}[found]
+            raise ModelError(f"expected a reward model that scores {wanted}, found {what}", hint=hint)
         self.policy = policy.eval()
         self.renderer = renderer
         self.backend = backend
@@ -88,6 +92,8 @@ class RewardModel(_Scorer):
         Raises:
             RowError: a conversation is malformed; the row is its number, from 1.
         """
+        if any(isinstance(one, str | Mapping) for one in dialogues):
+            raise RowError("expected a list of conversations, each a list of messages (or a Completion of prompt and answer)")
         places = [Where(file="dialogues", row=number) for number in range(1, len(dialogues) + 1)]
         read = [_read(one, number) for number, one in enumerate(dialogues, start=1)]
         outputs = self._outputs([self.renderer.render(one, where=where) for one, where in zip(read, places, strict=True)])
@@ -160,4 +166,7 @@ def _read(dialogue: Dialogue, number: int) -> Answer:
     if isinstance(dialogue, Conversation | Completion):
         return dialogue
     fields = Fields(Row("dialogues", number, {"messages": list(dialogue)}), Binding({}))
-    return messages.whole(fields, messages.read_messages(fields, "messages", fields.json("messages")))
+    read = messages.read_messages(fields, "messages", fields.json("messages"))
+    if read[-1].role != "assistant":
+        raise RowError(f"the conversation ends with a {read[-1].role} message, expected the answer to score", where=fields.row.where())
+    return messages.whole(fields, read)

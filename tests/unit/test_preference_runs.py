@@ -208,7 +208,31 @@ def test_rows_and_settings_that_do_not_fit(settings: dict[str, Any]) -> None:
         train(settings, "all", data={"train_on": "all"})
     with pytest.raises(ConfigError, match="split cuts answers that dpo compares whole"):
         train(settings, "split", data={"overlong": "split"})
+    with pytest.raises(ConfigError, match="it belongs to simpo, known here: kind, beta, loss"):
+        train(settings, "gamma", objective={"kind": "dpo", "gamma": 1.0})
+    with pytest.raises(ConfigError, match=r"objective\.loss_weights\.0: must be at least 0, found -1"):
+        train(settings, "negative", objective={"kind": "dpo", "loss_weights": [-1.0]})
+    Path("half.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b"}) + "\n")
+    with pytest.raises(DataError, match="the rows have 'chosen' but no 'rejected'"):
+        train(settings, "half", data={"train": "half.jsonl"})
+    Path("unclear.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b", "label": "perhaps"}) + "\n")
+    with pytest.raises(DataError, match="expected true or false, 1 or 0, or good or bad, found the text 'perhaps'"):
+        train(settings, "unclear", objective={"kind": "kto"}, data={"train": "unclear.jsonl", "eval": None})
     assert not Path("runs").exists()
+
+
+def test_doubtful_pairs_are_counted_and_said(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    def turns(asked: str, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+    rows = [(turns("Snow?", "White."), turns("Snow?", answer)) for answer in ("Black.", "White.", "Grey.")]
+    rows.append((turns("Snow?", "White."), turns("Coal?", "Black.")))
+    Path("rows.jsonl").write_text("".join(json.dumps({"chosen": one, "rejected": other}) + "\n" for one, other in rows))
+    train(settings, "pairs", data={"train": "rows.jsonl", "eval": None, "max_length": 70}, evaluation={"every": None}, train={"steps": 1})
+    said = capsys.readouterr().err
+    assert "1 pairs with equal answers; 1 pairs with different prompts" in said
+    account = json.loads(Path("runs/pairs/data.json").read_text())
+    assert account["packing"]["fullness"] <= 1
 
 
 def test_the_rate_follows_the_objective(settings: dict[str, Any]) -> None:

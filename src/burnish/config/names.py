@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from burnish.config.base import Strict
-from burnish.config.shape import keys_below
+from burnish.config.shape import fields_of, keys_below
 from burnish.core.errors import nearest
 
 ELSEWHERE: dict[str, str] = {
@@ -122,6 +122,11 @@ def unknown_key(name: str, section: type[Strict] | None, root: type[Strict], ins
         dotted: Name a key of the same section by its dotted key, as an override needs it.
     """
     suggestion = nearest_key(name, section, root)
+    if inside and suggestion == f"{inside}.{name}":  # of another kind of this section
+        kinds = (
+            [kind for kind, other in fields_of(root)[inside].sections if name in other.model_fields] if inside in fields_of(root) else []
+        )
+        return f"unknown key '{name}'; it belongs to {' and '.join(kinds) or 'another kind'}, known here: {', '.join(known_keys(section))}"
     if suggestion == name and not dotted:  # an override's form, in the file
         above, _, key = name.rpartition(".")
         return f"unknown key '{name}'; in a file sections are nested: '{above}: {{{key}: ...}}'"
@@ -132,3 +137,8 @@ def unknown_key(name: str, section: type[Strict] | None, root: type[Strict], ins
     if section is None:
         return f"unknown key '{name}'; {inside or 'this'} has no keys of its own"
     return f"unknown key '{name}'; known here: {', '.join(section.model_fields)}"
+
+
+def known_keys(section: type[Strict] | None) -> list[str]:
+    """The keys of a section; none where it has none."""
+    return list(section.model_fields) if section else []

@@ -88,7 +88,7 @@ class DPO(Objective):
     """How strongly the policy is held to the reference: more is closer (tau for `ipo`)."""
     loss: Annotated[list[DPOLoss], Field(min_length=1), OneOrMany()] = Field(default=["sigmoid"])
     """A variant, or several whose losses are added. What each is, with its paper: docs/preference.md."""
-    loss_weights: list[float] | None = None
+    loss_weights: list[Annotated[float, Field(ge=0)]] | None = None
     """The weight of each loss, where there are several; 1 each where left out."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Share of pairs taken to be the wrong way round: `sigmoid` (cDPO), `robust`, `exo_pair` (which needs it), `aot`."""

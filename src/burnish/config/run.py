@@ -326,7 +326,10 @@ def every_loss_has_a_weight(run: RunConfig) -> str | None:
     if not isinstance(run.objective, DPO) or run.objective.loss_weights is None:
         return None
     losses, weights = len(run.objective.loss), len(run.objective.loss_weights)
-    return None if losses == weights else f"objective.loss_weights has {weights} numbers for {losses} losses; give one for each"
+    if losses == weights:
+        return None
+    count = f"{weights} number{'s' if weights > 1 else ''} for {losses} loss{'es' if losses > 1 else ''}"
+    return f"objective.loss_weights has {count}; give one for each"
 
 
 @_check("objective.label_smoothing", "objective.loss", "objective")
@@ -360,7 +363,8 @@ def objective_uses_its_keys(run: RunConfig) -> str | None:
             ignored, name = _changed(objective, "mix") if objective.divergence != "js" else [], f"the divergence {objective.divergence}"
         case _:
             return None
-    return f"{name} of {objective.kind} has no {_and(ignored)}; leave {_them(ignored)} out" if ignored else None
+    has = "have" if name.startswith("the losses") else "has"
+    return f"{name} of {objective.kind} {has} no {_and(ignored)}; leave {_them(ignored)} out" if ignored else None
 
 
 _USED_BY: dict[str, set[str]] = {

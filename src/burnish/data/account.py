@@ -222,6 +222,7 @@ class Account:
             parts.append(f"{long:,} rows longer than data.max_length{cut}")
         masked = "fully masked" + (f" ({rows.masked_by_truncation:,} cut before the answer)" if rows.masked_by_truncation else "")
         fates = [(rows.dropped, "too long"), (rows.duplicate, "duplicate"), (rows.empty, "empty"), (rows.malformed, "malformed")]
+        parts += [f"{self.notes[name]:,} pairs with {words}" for name, words in _DOUBTFUL.items() if self.notes[name]]
         if left_out := [f"{count:,} {name}" for count, name in [*fates, (rows.fully_masked, masked)] if count]:
             parts.append(f"left out: {', '.join(left_out)}")
         return f"data: {'; '.join(parts)}"
@@ -234,6 +235,10 @@ class Account:
         if self.packing is None:
             return []
         return [("bins when packed", f"{self.packing.bins:,}", f"of {self.packing.bin_size:,} tokens, {self.packing.fullness:.1%} full")]
+
+
+_DOUBTFUL = {"equal_answers": "equal answers", "different_prompts": "different prompts"}
+"""Notes that say that rows are probably not what was meant."""
 
 
 def _lengths_from(document: Mapping[str, Any]) -> Lengths:

@@ -340,8 +340,9 @@ def _finished(account: Account, examples: Examples, data: Data) -> Account:
         raise RuntimeError(f"the account of the data does not add up: {account.rows}, {account.tokens}")
     account.lengths = Lengths.of(examples.lengths)
     if data.packing == "auto":
-        bins = len(best_fit_decreasing(examples.lengths, data.max_length))
-        account.packing = Packing(data.max_length, bins, round(fullness(examples.lengths, bins, data.max_length), 4))
+        room = max(data.max_length, int(examples.lengths.max()))  # a pair may be longer than any of its answers
+        bins = len(best_fit_decreasing(examples.lengths, room))
+        account.packing = Packing(room, bins, round(fullness(examples.lengths, bins, room), 4))
     return account
 
 

@@ -58,6 +58,7 @@ NOTES = {
     "tools_left_out": "rows whose tools the chat template leaves out",
     "special_tokens_in_content": "rows whose text holds special tokens, which stand for themselves",
     "equal_answers": "pairs whose two answers are the same, from which a preference cannot be learned",
+    "different_prompts": "pairs whose two answers belong to different prompts",
 }
 """What `Renderer.render` counts into `notes`, in words."""
 
@@ -158,6 +159,8 @@ class Renderer:
         notes.update(of_side[0] | of_side[1])  # what is about the prompt is said twice, and counted once
         if np.array_equal(sides[0].input_ids, sides[1].input_ids):
             notes["equal_answers"] += 1
+        if _asked(item.chosen) != _asked(item.rejected):
+            notes["different_prompts"] += 1
         return grow(sides, values=(item.margin,), weight=item.weight, share=self.share_prompts)
 
     def _judged(self, item: Judged, notes: Counter[str]) -> Example:
@@ -407,6 +410,13 @@ def _check_nothing_lost(item: Conversation, rendered: Traced, notes: Counter[str
             notes["reasoning_left_out"] += 1
         elif said and not shown[number, "content"] and message.content.strip() not in rendered:
             notes["messages_left_out"] += 1
+
+
+def _asked(answer: Answer) -> str | None:
+    """The first thing that a user says, or the prompt."""
+    if isinstance(answer, Completion):
+        return answer.prompt
+    return next((message.content for message in answer.messages if message.role == "user"), None)
 
 
 def _any_inside(places: np.ndarray, spans: Sequence[tuple[int, int, Any]]) -> bool:

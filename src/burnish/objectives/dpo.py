@@ -210,7 +210,7 @@ def score(logratio: torch.Tensor, config: DPO) -> torch.Tensor:
 class _Begun:
     """What the pass over a whole step found out about one of its micro-batches."""
 
-    batch: Batch
+    batch: Batch  # held, so that no other one gets its identity
     reference: torch.Tensor  # [K]
     matches: dict[str, tuple[Matches, Matches]]
 
@@ -248,7 +248,6 @@ class DPOObjective:
             TrainingError: A loss sorts over the step, and `begin_step` has not seen this micro-batch of it.
         """
         config, begun = self.config, self._begun.get(id(batch))
-        begun = begun if begun is not None and begun.batch is batch else None
         # The reference first: its activations are gone before the policy's come.
         reference = begun.reference if begun is not None else self._reference(policy, batch)
         stats = policy.token_stats(batch, want=self._want)

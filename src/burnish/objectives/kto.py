@@ -74,7 +74,8 @@ class KTOObjective:
     `begin_step` asks for those alone, and the loss computes the own answers alone.
 
     Metrics: `reward_chosen` and `reward_rejected`, the mean reward beta r of good and of bad answers; `logp_chosen`, `logp_rejected`, the
-    mean of their summed log-probabilities; `reward_accuracy`, the share of answers on the right side of the baseline; `kl`, the baseline.
+    mean of their summed log-probabilities; `reward_accuracy`, the share of answers on the right side of the baseline, a
+    tie counts half; `kl`, the baseline.
     """
 
     needs_reference = True
@@ -143,7 +144,8 @@ class KTOObjective:
         self, own: Batch, logp: torch.Tensor, log_ratios: torch.Tensor, good: torch.Tensor
     ) -> dict[str, tuple[torch.Tensor, float]]:
         z0, count = self._z0 or 0.0, float(own.examples)
-        metrics = {"reward_accuracy": (((log_ratios > z0) == (good > 0.5)).sum(), count)}
+        side = (2 * good - 1) * (log_ratios - z0)
+        metrics = {"reward_accuracy": ((side > 0).sum() + 0.5 * (side == 0).sum(), count)}
         rewards = self.config.beta * log_ratios
         right = sum(value > 0.5 for value in own.values)
         for name, mask, answers in (("chosen", good, right), ("rejected", 1 - good, own.examples - right)):

@@ -171,12 +171,6 @@ def test_sums_over_tokens_are_weighted():
     assert gradient.tolist() == pytest.approx([-0.5 * sigma(-0.5 * difference) * w for w in (1, 0.5, -2)])
 
 
-def test_pairs_count_by_their_weight():
-    value, _, _ = run(build(DPO()), table(), step(weights=[2.0, 0.5, 1.0, 0.0, 1.5]))
-    single = [run(build(DPO()), table(), [batch])[0] * batch.step_weight for batch in step(cut=[1] * 5)]
-    assert value == pytest.approx(sum(w * loss for w, loss in zip([2.0, 0.5, 1.0, 0.0, 1.5], single, strict=True)) / 5.0)
-
-
 def test_several_losses_add_up():
     several = DPO(loss=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.5])
     value, gradient, _ = run(build(several), table(), step())
@@ -196,6 +190,21 @@ def test_sft_is_the_mean_over_the_steps_chosen_tokens():
     assert policy.asked == ["policy", "policy"]
     assert not build(DPO(loss=["sft"])).needs_reference
     assert "kl" not in metrics
+
+
+@pytest.mark.parametrize("wpo", [False, True])
+def test_weights_of_pairs_do_not_touch_the_mean_over_tokens(wpo):
+    settings = DPO(loss=["sft"], wpo=wpo)
+    same(run(build(settings), table(), step(weights=[2.0, 0.5, 1.0, 0.0, 1.5])), run(build(DPO(loss=["sft"])), table(), step()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"wpo": True}])
+def test_every_weight_multiplies(settings):
+    weights = [2.0, 0.5, 1.0, 0.0, 1.5]
+    parts = [run(build(DPO(**settings)), table(), [batch]) for batch in step(cut=[1] * 5)]  # each already divided by the step's 5
+    value, gradient, _ = run(build(DPO(**settings)), table(), step(weights=weights))
+    assert value == pytest.approx(sum(w * part[0] for w, part in zip(weights, parts, strict=True)))
+    torch.testing.assert_close(gradient, sum(w * part[1] for w, part in zip(weights, parts, strict=True)))
 
 
 def test_length_desensitised_by_hand():
@@ -222,7 +231,7 @@ def test_weighted_preference_by_hand():
         torch.tensor([-1.5, -1.0, -0.25], dtype=torch.float64),
         torch.tensor([-0.8, -1.2, -0.1], dtype=torch.float64),
     )
-    (batch,) = step([(2, 1)])
+    (batch,) = step([(2, 1)], weights=[3.0])
     weight = math.exp((-0.2 - 0.8) / 2) * math.exp(-0.4)
     assert likelihood(policy.policy.detach() - policy.log_sum_sq, batch).tolist() == pytest.approx([weight])
     value, gradient, _ = run(build(DPO(beta=0.5, wpo=True)), policy, [batch])
@@ -277,16 +286,16 @@ def test_a_pair_of_weight_two_is_the_pair_twice(name):
     torch.testing.assert_close(weighted[1], gradient)
 
 
+@pytest.mark.parametrize(("cut", "first"), [([1, 2, 2, 0], 2), ([3, 2], 1)])
 @pytest.mark.parametrize("losses", [["aot"], ["aot_unpaired"], ["aot", "sigmoid", "aot_unpaired"]])
-def test_ranks_see_each_others_pairs(losses):
-    settings = DPO(loss=losses, beta=BETA)
-    batches = step(cut=[1, 2, 2, 0], weights=[1.0, 2.0, 1.0, 0.5, 1.0])
-    whole = run(build(settings), table(), step(weights=[1.0, 2.0, 1.0, 0.5, 1.0]))
+def test_ranks_see_each_others_pairs(losses, cut, first):
+    settings, weights = DPO(loss=losses, beta=BETA), [1.0, 2.0, 1.0, 0.5, 1.0]
+    batches = step(cut=cut, weights=weights)
+    whole = run(build(settings), table(), step(weights=weights))
     ranks, found = Ranks(2), {}
 
     def rank(number):
-        policy = table()
-        found[number] = run(build(settings), policy, [batches[:2], batches[2:]][number], ranks.totals(number))
+        found[number] = run(build(settings), table(), [batches[:first], batches[first:]][number], ranks.totals(number))
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
     for thread in threads:

@@ -71,7 +71,7 @@ def test_the_baseline_is_the_mean_of_mismatched_answers_without_gradient():
             "reward_rejected": 0.6,
             "logp_chosen": -1.0,
             "logp_rejected": -2.5,
-            "reward_accuracy": 0.0,  # the good answer is not above the baseline, the bad one is
+            "reward_accuracy": 0.25,  # the good answer is right at the baseline, which counts half, and the bad one is above it
             "kl": z0,
         }
     )

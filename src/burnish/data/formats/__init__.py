@@ -340,6 +340,11 @@ def _unknown(source: Source, rows: Sequence[Row], wanted: BatchKind) -> FormatEr
     if absent and not any(set(source.columns) & set(kind.shape.inner) for kind in kinds):
         return _no_column(source, absent[0], columns)
     hint = next((hint for kind in kinds if (hint := _mapping_hint(kind, columns))), None)
+    if wanted == "pairs" and hint is None and len(there := [name for name in ("chosen", "rejected") if name in columns]) == 1:
+        (lacks,) = {"chosen", "rejected"} - set(there)
+        return FormatError(
+            f"the rows have '{there[0]}' but no '{lacks}', which the objective compares it with", where=_where(source), hint=hint
+        )
     needs = "; ".join(f"{kind.name}: {' + '.join(kind.shape.required)}" for kind in kinds)
     return FormatError(
         f"no format fits rows with the columns {listed(columns)}",

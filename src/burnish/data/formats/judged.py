@@ -43,9 +43,9 @@ _WORDS = {
 
 
 def looks_like(fields: Fields) -> bool:
-    """Whether there is an answer with a prompt, and a label that says whether it is good (or a missing value)."""
-    answer, label = fields.get("completion"), fields.get("label")
-    if not may_be_side(answer) or not (label is None or _truth(label) is not None):
+    """Whether there is an answer with a prompt beside the label; what the label says is for `convert` to judge, with its place."""
+    answer = fields.get("completion")
+    if not may_be_side(answer):
         return False
     has_prompt = any(name in fields.binding.columns for name in ("prompt", "instruction"))
     return has_prompt or not isinstance(answer, str) or is_transcript(answer) or answer.lstrip().startswith("[")

@@ -351,7 +351,13 @@ def test_nearly_the_right_columns_of_pairs() -> None:
         "Did you mean 'format: preference' with 'columns: {chosen: choosen, rejected: rejected}'?",
     )
     assert refused("pairs", {"q": "a"})[1].endswith("Fields by format: preference: chosen + rejected.")
-    assert refused("judged", {"prompt": "a", "completion": "b", "label": "sport"})[1] == "Write 'objective: sft' to learn from these rows."
+    unclear = {"prompt": "a", "completion": "b", "label": "sport"}
+    with pytest.raises(RowError, match="expected true or false, 1 or 0, or good or bad, found the text 'sport'"):
+        for_kind("judged", unclear).convert(row(unclear))
+    assert (
+        refused("pairs", {"prompt": "a", "rejected": "c"})[0]
+        == "the rows have 'rejected' but no 'chosen', which the objective compares it with"
+    )
 
 
 @pytest.mark.parametrize(
