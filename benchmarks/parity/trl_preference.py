@@ -13,10 +13,10 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.trainer_callback import TrainerCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl_sft import Record  # beside this file, which is run as a script
 
 TRAINERS = {
     "dpo": (DPOTrainer, DPOConfig, "pairs"),
@@ -25,17 +25,6 @@ TRAINERS = {
     "kto": (KTOTrainer, KTOConfig, "judged"),
     "reward": (RewardTrainer, RewardConfig, "pairs"),
 }
-
-
-class Record(TrainerCallback):
-    """Keeps the loss and gradient norm that the trainer logs at every step."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self.steps.append({"step": state.global_step, "loss": logs["loss"], "grad_norm": logs["grad_norm"]})
 
 
 def train(job: dict, variant: dict) -> list[dict[str, float]]:

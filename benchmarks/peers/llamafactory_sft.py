@@ -49,11 +49,20 @@ def main() -> None:
 
 
 def settings(job: Job) -> dict[str, Any]:
+    same = common(job, "sft", {})
+    if not job.best:
+        return same
+    return same | {"neat_packing": True, "packing": True, "disable_gradient_checkpointing": True}
+
+
+def common(job: Job, stage: str, columns: dict[str, Any]) -> dict[str, Any]:
+    """What every stage of this comparison is run with; `columns` says how its rows are written."""
     folder = Path(job.folder, "llamafactory")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": str(Path(job.rows).resolve())}}))
-    same = {
-        "stage": "sft",
+    rows = {"file_name": str(Path(job.rows).resolve())} | columns
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": rows}))
+    return {
+        "stage": stage,
         "do_train": True,
         "model_name_or_path": job.model,
         "finetuning_type": "lora",
@@ -84,9 +93,6 @@ def settings(job: Job) -> dict[str, Any]:
         "disable_tqdm": True,
         "disable_shuffling": True,
     }
-    if not job.best:
-        return same
-    return same | {"neat_packing": True, "packing": True, "disable_gradient_checkpointing": True}
 
 
 if __name__ == "__main__":

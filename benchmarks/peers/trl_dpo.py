@@ -6,16 +6,15 @@ best: no checkpointing, frozen weights in the compute type, Liger's kernels wher
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.peers.hugging_face import Measured, measured
-from benchmarks.peers.job import Job, StepLog, read_job
+from benchmarks.peers.job import StepLog, read_job
+from benchmarks.peers.trl_sft import common
 
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -26,7 +25,7 @@ def main() -> None:
     watch = Measured(log)
     trainer = measured(DPOTrainer, watch, count)(
         model=job.model,
-        args=DPOConfig(**settings(job)),
+        args=DPOConfig(**common(job), beta=0.1),
         train_dataset=Dataset.from_list([as_conversation(row) for row in job.read_rows()]),
         peft_config=LoraConfig(r=job.rank, lora_alpha=job.alpha, lora_dropout=0.0, target_modules="all-linear"),
         callbacks=[watch],
@@ -37,35 +36,6 @@ def main() -> None:
 
 def count(inputs: dict[str, Any]) -> tuple[int, int]:
     return int((inputs["attention_mask"] != 0).sum()), int(inputs["completion_mask"].sum())
-
-
-def settings(job: Job) -> dict[str, object]:
-    gpu = torch.cuda.is_available()
-    same = {
-        "output_dir": f"{job.folder}/trl",
-        "max_steps": job.steps,
-        "per_device_train_batch_size": job.batch_size,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": job.learning_rate,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "max_length": job.max_length,
-        "beta": 0.1,
-        "bf16": job.bf16,
-        "use_cpu": not gpu,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "seed": job.seed,
-        "disable_tqdm": True,
-    }
-    if not job.best:
-        return same
-    return same | {
-        "gradient_checkpointing": False,
-        "use_liger_kernel": gpu and importlib.util.find_spec("liger_kernel") is not None,
-        "model_init_kwargs": {"dtype": job.precision},
-    }
 
 
 def as_conversation(row: dict[str, Any]) -> dict[str, list[dict[str, str]]]:

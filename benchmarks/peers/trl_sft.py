@@ -33,6 +33,11 @@ def main() -> None:
 
 
 def settings(job: Job) -> dict[str, object]:
+    return common(job) | {"completion_only_loss": True} | ({"packing": True} if job.best else {})
+
+
+def common(job: Job) -> dict[str, object]:
+    """What every trainer of this comparison is run with, in both forms."""
     gpu = torch.cuda.is_available()
     same = {
         "output_dir": f"{job.folder}/trl",
@@ -43,7 +48,6 @@ def settings(job: Job) -> dict[str, object]:
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
         "max_length": job.max_length,
-        "completion_only_loss": True,
         "bf16": job.bf16,
         "use_cpu": not gpu,
         "logging_steps": 1,
@@ -55,7 +59,6 @@ def settings(job: Job) -> dict[str, object]:
     if not job.best:
         return same
     return same | {
-        "packing": True,
         "gradient_checkpointing": False,
         "use_liger_kernel": gpu and importlib.util.find_spec("liger_kernel") is not None,
         "model_init_kwargs": {"dtype": job.precision},

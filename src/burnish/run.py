@@ -45,7 +45,7 @@ from burnish.data.stream import StreamLoader
 from burnish.data.types import Batch, BatchKind
 from burnish.engine import checkpoint, loop, preflight, reference
 from burnish.engine.backend import Backend, Precision
-from burnish.engine.events import Callback
+from burnish.engine.events import Callback, State
 from burnish.engine.optim import build_optimizer
 from burnish.engine.report import write_report
 from burnish.engine.resume import identity_of, refuse_another_run
@@ -250,10 +250,15 @@ class Run:
             evaluation=self.config.evaluation,
             save=self.config.save,
             eval_batches=passes,
-            callbacks=[*self.callbacks, *reference.moves(policy, self.config, source)],
+            callbacks=[*self.callbacks, *self._moves],
             identity=self._identity,
             resume=self.config.resume == "auto",
         )
+
+    @cached_property
+    def _moves(self) -> list[Callback]:
+        """What moves the reference, in a run where it follows the policy."""
+        return reference.moves(self.policy, self.config, self.loader)
 
     def _reference(self, policy: Policy) -> ExampleSet | None:
         """Gets the reference's log-probabilities ready; returns the held-out examples, with theirs where they are computed already."""
@@ -345,7 +350,12 @@ class Run:
         if batch is None:
             raise ValueError("step needs a batch: take one from batches(), or pass it")
         self.stepper.accumulate(loss if isinstance(loss, Loss) else Loss(loss), batch)
-        return self.stepper.update() if batch.last else None
+        if not batch.last:
+            return None
+        result = self.stepper.update()
+        for callback in self._moves:
+            callback.on_step_end(State(self.total_steps, step=result.step), result)
+        return result
 
     def save(self) -> Path:
         """Writes the trained model (the adapter as a PEFT folder, or the whole model) into the run folder, and returns the place."""

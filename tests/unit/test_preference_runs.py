@@ -145,7 +145,16 @@ def test_streamed_rows(settings: dict[str, Any], objective: str, capsys: pytest.
         assert "the model without its adapter, in the same batches (the rows are streamed)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto", {"kind": "dpo", "loss": "aot_unpaired"}])
+def test_an_evaluation_at_the_start_alone_has_a_reference_too(settings: dict[str, Any]) -> None:
+    whole = {"adapter": None, "train": {"steps": 2, "learning_rate": 0.001}}
+    lines = train(settings, "start", evaluation={"every": None, "at_start": True}, **whole)
+    assert lines[-1]["step"] == 0 and lines[-1]["eval_loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+MOVING = {"kind": "dpo", "sync": {"every": "1st", "mix": 1.0}}
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", {"kind": "dpo", "loss": "aot_unpaired"}, MOVING])
 def test_a_loop_of_ones_own_is_the_same_run(settings: dict[str, Any], objective: Any) -> None:
     kind = {"kind": objective} if isinstance(objective, str) else objective
     whole = train(settings, "whole", objective=kind, data={"eval": None}, evaluation={"every": None}, train={"micro_batch_tokens": 400})

@@ -124,7 +124,7 @@ def prepare(
         "packing": config.data.packing == "auto",
     }
     loader.refer(precompute(policy, train, loader.looked_at(steps), what="data.train", **options))
-    if held_out is None or config.evaluation.every is None:
+    if held_out is None or not (config.evaluation.every or config.evaluation.at_start):
         return held_out
     return precompute(policy, held_out, np.arange(len(held_out)), what="data.eval", **options)
 
@@ -196,6 +196,8 @@ def precompute(
     content = {"identity": identity, "examples": examples.fingerprint, "selection": examples.selection()}
     key = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
     store = _Store(folder / f"{key}.reference.npy", int(examples.trained.sum(dtype=np.int64)), writes=backend.is_main)
+    # What is missing decides how the work is shared out, so all ranks go by what the first one has: their disks may differ.
+    store.values = backend.gather(store.values if backend.is_main else None)[0]
     ends = np.cumsum(examples.trained, dtype=np.int64)
     first = np.maximum(ends - examples.trained, 0)
     missing = needed[np.isnan(store.values[np.minimum(first[needed], max(len(store.values) - 1, 0))])] if len(store.values) else needed[:0]

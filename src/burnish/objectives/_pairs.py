@@ -5,13 +5,14 @@ Branches alternate in a batch: 2p is the chosen answer of pair p, 2p + 1 the rej
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from burnish.data.types import Batch
-from burnish.objectives.base import branch_sums
+from burnish.objectives.base import Loss, Policy, branch_sums
 
 Metrics = dict[str, tuple[torch.Tensor, float]]
 
@@ -55,6 +56,39 @@ def chosen_nll(answers: Answers, batch: Batch) -> torch.Tensor:
     if not batch.step_tokens > 0:
         raise ValueError(f"a mean over the step's chosen tokens needs their weight, found step_tokens={batch.step_tokens:g}")
     return -answers.chosen * (batch.step_weight / batch.step_tokens)
+
+
+class PairObjective(ABC):
+    """An objective whose rewards and losses are functions of the answers' log-probabilities alone: no reference.
+
+    Metrics: those of `pair_metrics`.
+    """
+
+    needs_reference = False
+    beta: float
+    """Scale of the rewards."""
+    sft_weight = 0.0
+    """Weight of the cross-entropy on the chosen answers (`chosen_nll`)."""
+
+    @abstractmethod
+    def rewards(self, answers: Answers) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rewards of chosen and rejected answers over beta, [P] each."""
+
+    @abstractmethod
+    def losses(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        """The loss of each pair [P] from these."""
+
+    def __call__(self, policy: Policy, batch: Batch) -> Loss:
+        """The summed loss of one micro-batch; `batch.weight`, the sum of its pairs' weights, is what it sums over."""
+        logprobs = policy.token_stats(batch).logprobs
+        if not batch.branches:  # a placeholder of a rank without pairs
+            return Loss(logprobs.sum())
+        answers = Answers.of(logprobs, batch)
+        chosen, rejected = self.rewards(answers)
+        total = (batch.extras["weights"] * self.losses(chosen, rejected)).sum()
+        if self.sft_weight:
+            total = total + self.sft_weight * chosen_nll(answers, batch).sum()
+        return Loss(total, pair_metrics(self.beta * chosen, self.beta * rejected, answers, batch))
 
 
 def smoothed_sigmoid(z: torch.Tensor, smoothing: float) -> torch.Tensor:

@@ -11,9 +11,7 @@ from collections.abc import Callable
 import torch
 
 from burnish.config.objectives import CPO
-from burnish.data.types import Batch
-from burnish.objectives._pairs import Answers, chosen_nll, pair_metrics, smoothed_sigmoid
-from burnish.objectives.base import Loss, Policy
+from burnish.objectives._pairs import Answers, PairObjective, smoothed_sigmoid
 
 
 def sigmoid(difference: torch.Tensor, config: CPO) -> torch.Tensor:
@@ -34,26 +32,20 @@ def ipo(difference: torch.Tensor, config: CPO) -> torch.Tensor:
 LOSSES: dict[str, Callable[[torch.Tensor, CPO], torch.Tensor]] = {"sigmoid": sigmoid, "hinge": hinge, "ipo": ipo}
 
 
-class CPOObjective:
-    """CPO over pairs. Metrics: those of `_pairs.pair_metrics`; the reward is beta times the (mean) log-probability."""
-
-    needs_reference = False
+class CPOObjective(PairObjective):
+    """CPO over pairs; the reward is beta times the log-probability, of the answer or for `ipo` of a token."""
 
     def __init__(self, config: CPO) -> None:
-        self.config = config
+        self.config, self.beta = config, config.beta
+        self.sft_weight = config.sft_weight
 
-    def __call__(self, policy: Policy, batch: Batch) -> Loss:
-        """The summed loss of one micro-batch; `batch.weight`, the sum of its pairs' weights, is what it sums over."""
-        config = self.config
-        logprobs = policy.token_stats(batch).logprobs
-        if not batch.branches:  # a placeholder of a rank without pairs
-            return Loss(logprobs.sum())
-        answers = Answers.of(logprobs, batch)
-        chosen, rejected = answers.means if config.loss == "ipo" else (answers.chosen, answers.rejected)
-        total = (batch.extras["weights"] * LOSSES[config.loss](chosen - rejected, config)).sum()
-        if config.sft_weight:
-            total = total + config.sft_weight * chosen_nll(answers, batch).sum()
-        return Loss(total, pair_metrics(config.beta * chosen, config.beta * rejected, answers, batch))
+    def rewards(self, answers: Answers) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities, of answers or for `ipo` of a token."""
+        return answers.means if self.config.loss == "ipo" else (answers.chosen, answers.rejected)
+
+    def losses(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        """The chosen variant of the difference."""
+        return LOSSES[self.config.loss](chosen - rejected, self.config)
 
 
 build = CPOObjective

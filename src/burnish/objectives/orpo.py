@@ -15,9 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from burnish.config.objectives import ORPO
-from burnish.data.types import Batch
-from burnish.objectives._pairs import Answers, chosen_nll, pair_metrics
-from burnish.objectives.base import Loss, Policy
+from burnish.objectives._pairs import Answers, PairObjective
 
 
 def log_one_minus_exp(x: torch.Tensor) -> torch.Tensor:
@@ -44,23 +42,21 @@ def odds_ratio(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     return -F.logsigmoid(log_odds(chosen) - log_odds(rejected))
 
 
-class ORPOObjective:
-    """ORPO over pairs. Metrics: those of `_pairs.pair_metrics`; the reward is beta times the mean log-probability."""
+class ORPOObjective(PairObjective):
+    """ORPO over pairs; the reward is beta times the mean log-probability."""
 
-    needs_reference = False
+    sft_weight = 1.0
 
     def __init__(self, config: ORPO) -> None:
-        self.config = config
+        self.config, self.beta = config, config.beta
 
-    def __call__(self, policy: Policy, batch: Batch) -> Loss:
-        """The summed loss of one micro-batch; `batch.weight`, the sum of its pairs' weights, is what it sums over."""
-        logprobs = policy.token_stats(batch).logprobs
-        if not batch.branches:  # a placeholder of a rank without pairs
-            return Loss(logprobs.sum())
-        answers, beta = Answers.of(logprobs, batch), self.config.beta
-        chosen, rejected = answers.means
-        total = (chosen_nll(answers, batch) + beta * batch.extras["weights"] * odds_ratio(chosen, rejected)).sum()
-        return Loss(total, pair_metrics(beta * chosen, beta * rejected, answers, batch))
+    def rewards(self, answers: Answers) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean log-probabilities."""
+        return answers.means
+
+    def losses(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        """Beta times `odds_ratio`."""
+        return self.beta * odds_ratio(chosen, rejected)
 
 
 build = ORPOObjective

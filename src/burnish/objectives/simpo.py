@@ -13,9 +13,7 @@ from __future__ import annotations
 import torch
 
 from burnish.config.objectives import SimPO
-from burnish.data.types import Batch
-from burnish.objectives._pairs import Answers, chosen_nll, pair_metrics, smoothed_sigmoid
-from burnish.objectives.base import Loss, Policy
+from burnish.objectives._pairs import Answers, PairObjective, smoothed_sigmoid
 
 
 def reward(mean_logprob: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -28,26 +26,21 @@ def simpo(chosen: torch.Tensor, rejected: torch.Tensor, config: SimPO) -> torch.
     return smoothed_sigmoid(config.beta * (chosen - rejected) - config.gamma, config.label_smoothing)
 
 
-class SimPOObjective:
-    """SimPO over pairs. Metrics: those of `_pairs.pair_metrics`."""
-
-    needs_reference = False
+class SimPOObjective(PairObjective):
+    """SimPO over pairs."""
 
     def __init__(self, config: SimPO) -> None:
-        self.config = config
+        self.config, self.beta = config, config.beta
+        self.sft_weight = config.sft_weight
 
-    def __call__(self, policy: Policy, batch: Batch) -> Loss:
-        """The summed loss of one micro-batch; `batch.weight`, the sum of its pairs' weights, is what it sums over."""
-        config = self.config
-        logprobs = policy.token_stats(batch).logprobs
-        if not batch.branches:  # a placeholder of a rank without pairs
-            return Loss(logprobs.sum())
-        answers = Answers.of(logprobs, batch)
-        chosen, rejected = (reward(mean, config.alpha) for mean in answers.means)
-        total = (batch.extras["weights"] * simpo(chosen, rejected, config)).sum()
-        if config.sft_weight:
-            total = total + config.sft_weight * chosen_nll(answers, batch).sum()
-        return Loss(total, pair_metrics(config.beta * chosen, config.beta * rejected, answers, batch))
+    def rewards(self, answers: Answers) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean log-probabilities, in AlphaPO's shape."""
+        chosen, rejected = answers.means
+        return reward(chosen, self.config.alpha), reward(rejected, self.config.alpha)
+
+    def losses(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        """`simpo`."""
+        return simpo(chosen, rejected, self.config)
 
 
 build = SimPOObjective
