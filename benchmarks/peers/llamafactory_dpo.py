@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from llamafactory.train.dpo import trainer
-
 from benchmarks.peers.hugging_face import Measured, measured
 from benchmarks.peers.job import Job, StepLog, read_job
 from benchmarks.peers.llamafactory_sft import common, run_exp
 
 
 def main() -> None:
+    from llamafactory.train.dpo import trainer  # after llamafactory_sft, which stands in for torchaudio
+
     job = read_job()
     log = StepLog(job)
     watch = Measured(log)
