@@ -18,6 +18,7 @@ import torch
 
 from burnish.config.sections import Model
 from burnish.core.errors import ModelError, RowError, Where
+from burnish.core.log import warn
 from burnish.data.collate import collate
 from burnish.data.formats import messages
 from burnish.data.formats.base import Binding, Fields
@@ -28,6 +29,7 @@ from burnish.data.types import Answer, Completion, Conversation, Example, Stepwi
 from burnish.engine.backend import Backend, Precision
 from burnish.models.inference import load_for_inference
 from burnish.models.policy import Policy
+from burnish.models.positions import reach
 from burnish.models.score import Judges, judged_by
 
 Dialogue = Answer | Sequence[Mapping[str, Any]]
@@ -59,6 +61,7 @@ class _Scorer:
 
     def _outputs(self, examples: Sequence[Example]) -> list[torch.Tensor]:
         """The head's outputs [S, n] for every example, in fp32: at the end of each branch, or of a plain example."""
+        self._look_at_lengths(examples)
         found: dict[int, torch.Tensor] = {}
         budget = _MICRO_BATCH_TOKENS.get(self.backend.device.type, 8192)
         (plan,) = plan_micro_batches([len(example.input_ids) for example in examples], budget)
@@ -70,6 +73,17 @@ class _Scorer:
             counts = [max(1, len(examples[place].values)) for place in places]
             found |= zip(places, outputs.split(counts), strict=True)
         return [found[place] for place in range(len(examples))]
+
+    def _look_at_lengths(self, examples: Sequence[Example]) -> None:
+        """What is longer than the model knows is scored, and said; where positions are rows of a table, it cannot be scored."""
+        positions, table = reach(self.policy.model)
+        number, longest = max(enumerate((len(one.input_ids) for one in examples), start=1), key=lambda pair: pair[1], default=(0, 0))
+        if positions is None or longest <= positions:
+            return
+        said = f"has {longest:,} tokens, and the model was made for {positions:,}"
+        if table:
+            raise ModelError(f"number {number} {said}: it cannot be scored")
+        warn(f"number {number} {said}: its score means little")
 
 
 class RewardModel(_Scorer):
@@ -91,6 +105,7 @@ class RewardModel(_Scorer):
 
         Raises:
             RowError: a conversation is malformed; the row is its number, from 1.
+            ModelError: it is longer than the model's table of positions.
         """
         if any(isinstance(one, str | Mapping) for one in dialogues):
             raise RowError("expected a list of conversations, each a list of messages (or a Completion of prompt and answer)")

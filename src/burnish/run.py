@@ -151,7 +151,7 @@ class Run:
     def loader(self) -> Loader | StreamLoader:
         """The micro-batches of each step."""
         train, data = self.config.train, self.config.data
-        batch_size = None if train.batch_tokens else train.batch_size or DEFAULT_BATCH_SIZE
+        batch_size = self._batch_size
         device = {"rank": self.backend.rank, "world_size": self.backend.world_size, "micro_batch_tokens": self.micro_batch_tokens}
         if data.streaming:
             return StreamLoader(
@@ -176,6 +176,12 @@ class Run:
             mismatched=self._mismatched,
             **device,
         )
+
+    @property
+    def _batch_size(self) -> int | None:
+        """Examples of a step; None where a step is counted in tokens."""
+        train = self.config.train
+        return None if train.batch_tokens else train.batch_size or DEFAULT_BATCH_SIZE
 
     @property
     def _mismatched(self) -> bool:
@@ -294,6 +300,8 @@ class Run:
         job = self.job
         sets = () if self.config.data.streaming else (self.data.train, self.held_out)
         preflight.look_at_lengths(self.policy.model, sets, self.config.data.max_length)
+        if self._mismatched and not self.config.data.streaming:
+            preflight.tell_lone_answer(len(self.data.train), self._batch_size)
         info(preflight.announcement(self.policy, self.backend, self.total_steps))
         info(self.policy.kernels.line())
         if self.config.model.kernels != "off" and (slower := preflight.without_c(self.backend.device)):

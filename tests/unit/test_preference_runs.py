@@ -239,7 +239,7 @@ def test_doubtful_pairs_are_counted_and_said(settings: dict[str, Any], capsys: p
     Path("rows.jsonl").write_text("".join(json.dumps({"chosen": one, "rejected": other}) + "\n" for one, other in rows))
     train(settings, "pairs", data={"train": "rows.jsonl", "eval": None, "max_length": 70}, evaluation={"every": None}, train={"steps": 1})
     said = capsys.readouterr().err
-    assert "1 pairs with equal answers; 1 pairs with different prompts" in said
+    assert "1 pair with equal answers; 1 pair with different prompts" in said
     account = json.loads(Path("runs/pairs/data.json").read_text())
     assert account["packing"]["fullness"] <= 1
 

@@ -124,3 +124,11 @@ def test_the_other_kind_is_refused(tiny_model: Path, tmp_path: Path) -> None:
         burnish.load_process_reward(answers)
     with pytest.raises(ModelError, match="expected a reward model"):
         burnish.load_reward(str(tiny_model))
+
+
+def test_what_is_longer_than_the_model_knows_is_said(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reward = burnish.load_reward(saved(tiny_model, tmp_path / "model", "answers"), precision="float32")
+    reward.policy.model.config.max_position_embeddings = 40
+    assert len(reward.score([dialogue("no"), dialogue("the user asks " * 40)])) == 2
+    said = capsys.readouterr().err
+    assert "warning: number 2 has " in said and "tokens, and the model was made for 40: its score means little" in said

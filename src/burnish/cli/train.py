@@ -7,7 +7,7 @@ from pathlib import Path
 
 from burnish.config.load import load_run
 from burnish.core.garbage import paused
-from burnish.core.log import console, info
+from burnish.core.log import console, counted, info
 
 
 def main(file: Path, overrides: Sequence[str]) -> None:
@@ -19,7 +19,7 @@ def main(file: Path, overrides: Sequence[str]) -> None:
 
     run = Run(loaded.config, base=file.resolve().parent)
     if model := run.finished:
-        info(f"already finished after {run.total_steps:,} steps: {model}  report: {run.folder / 'report.html'}")
+        info(f"already finished after {counted(run.total_steps, 'step')}: {model}  report: {run.folder / 'report.html'}")
         info("to go on, ask for more epochs or steps; to begin anew, choose another output folder")
         return
     run.train()

@@ -10,7 +10,7 @@ Later layers win, key by key. Three rules make that do what people mean:
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 
@@ -74,6 +74,11 @@ def override(tree: Entry, overrides: Sequence[str], faults: list[Fault], base: P
         elif (found := _find(key.split("."), current, faults)) is not None:
             parts, shape = found
             _put(layer, current, parts, expand(from_python(_typed(value, shape), base, COMMAND_LINE), shape))
+    if lost := list(_replaced(tree, layer)):
+        from burnish.core.log import warn  # rich, which `burnish check` would wait for
+
+        for said in lost:
+            warn(said)
     return _over(tree, layer)
 
 
@@ -125,6 +130,21 @@ def _over(lower: Entry, upper: Entry, path: str = "") -> Entry:
 def _other_kind(lower: Entry, upper: Entry) -> bool:
     kinds = [entry.mapping["kind"].value for entry in (lower, upper) if "kind" in entry.mapping]
     return len(kinds) == 2 and kinds[0] != kinds[1]
+
+
+def _replaced(lower: Entry, upper: Entry, path: str = "") -> Iterator[str]:
+    """What is said of keys that an override of `kind` takes away with the section they belong to."""
+    if not isinstance(lower.value, dict) or not isinstance(upper.value, dict):
+        return
+    if _other_kind(lower, upper):
+        now, before = (entry.mapping["kind"].value for entry in (upper, lower))
+        if lost := [key for key in lower.value if key != "kind" and key not in upper.value]:
+            verb = "is" if len(lost) == 1 else "are"
+            yield f"{path}.kind={now} replaces the section: the file's {', '.join(lost)} of '{before}' {verb} left out"
+        return
+    for key, entry in upper.value.items():
+        if key in lower.value:
+            yield from _replaced(lower.value[key], entry, f"{path}.{key}".strip("."))
 
 
 def _find(parts: list[str], tree: Entry, faults: list[Fault]) -> tuple[list[str | int], Shape] | None:

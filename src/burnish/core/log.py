@@ -44,6 +44,11 @@ def warn(text: str) -> None:
     console.print(Text.assemble(("warning: ", "yellow"), text))
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 @contextmanager
 def busy(text: str, *, spinner: bool = True) -> Generator[None]:
     """Says what takes a moment: a spinner that vanishes when it is done on a terminal, a line elsewhere.

@@ -22,6 +22,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from burnish.core.log import counted
 from burnish.data.visible import plain
 
 MOST_PLACES = 100  # malformed rows whose place is remembered; the rest is only counted
@@ -215,14 +216,14 @@ class Account:
         rows, tokens = self.rows, self.tokens
         trained = f"{tokens.trained:,} trained ({share(tokens.trained, tokens.total)})"
         held_out = rows.eval + (self.evaluation.rows.kept if self.evaluation else 0)
-        parts = [f"{self.examples:,} examples, {tokens.total:,} tokens, {trained}"]
-        parts += [f"{held_out:,} {'row' if held_out == 1 else 'rows'} held out"] if held_out else []
+        parts = [f"{counted(self.examples, 'example')}, {tokens.total:,} tokens, {trained}"]
+        parts += [f"{counted(held_out, 'row')} held out"] if held_out else []
         if long := rows.overlong - rows.dropped:
             cut = f" ({tokens.truncated:,} tokens cut off)" if tokens.truncated else ""
-            parts.append(f"{long:,} rows longer than data.max_length{cut}")
+            parts.append(f"{counted(long, 'row')} longer than data.max_length{cut}")
         masked = "fully masked" + (f" ({rows.masked_by_truncation:,} cut before the answer)" if rows.masked_by_truncation else "")
         fates = [(rows.dropped, "too long"), (rows.duplicate, "duplicate"), (rows.empty, "empty"), (rows.malformed, "malformed")]
-        parts += [f"{self.notes[name]:,} pairs with {words}" for name, words in _DOUBTFUL.items() if self.notes[name]]
+        parts += [f"{counted(self.notes[name], noun)} {words}" for name, (noun, words) in _DOUBTFUL.items() if self.notes[name]]
         if left_out := [f"{count:,} {name}" for count, name in [*fates, (rows.fully_masked, masked)] if count]:
             parts.append(f"left out: {', '.join(left_out)}")
         return f"data: {'; '.join(parts)}"
@@ -237,7 +238,11 @@ class Account:
         return [("bins when packed", f"{self.packing.bins:,}", f"of {self.packing.bin_size:,} tokens, {self.packing.fullness:.1%} full")]
 
 
-_DOUBTFUL = {"equal_answers": "equal answers", "different_prompts": "different prompts"}
+_DOUBTFUL = {
+    "equal_answers": ("pair", "with equal answers"),
+    "different_prompts": ("pair", "with different prompts"),
+    "words_run_together": ("row", "without a space between prompt and answer"),
+}
 """Notes that say that rows are probably not what was meant."""
 
 

@@ -59,6 +59,7 @@ NOTES = {
     "special_tokens_in_content": "rows whose text holds special tokens, which stand for themselves",
     "equal_answers": "pairs whose two answers are the same, from which a preference cannot be learned",
     "different_prompts": "pairs whose two answers belong to different prompts",
+    "words_run_together": "rows whose prompt and answer are plain text with no space between them",
 }
 """What `Renderer.render` counts into `notes`, in words."""
 
@@ -151,7 +152,7 @@ class Renderer:
             raise
 
     def _answer(self, item: Answer, notes: Counter[str]) -> Example:
-        return self._conversation(item, notes) if isinstance(item, Conversation) else self._completion(item)
+        return self._conversation(item, notes) if isinstance(item, Conversation) else self._completion(item, notes)
 
     def _pair(self, item: Pair, notes: Counter[str]) -> Example:
         of_side: list[Counter[str]] = [Counter(), Counter()]
@@ -221,7 +222,9 @@ class Renderer:
             first += 1  # a header token that swallowed the white space after it
         return slice(first, max(first, stop))
 
-    def _completion(self, item: Completion) -> Example:
+    def _completion(self, item: Completion, notes: Counter[str]) -> Example:
+        if _run_together(item.prompt[-1:], item.completion[:1]):
+            notes["words_run_together"] += 1
         whole = self._encode(item.prompt + item.completion)
         prompt = self._encode(item.prompt).ids
         cut = len(prompt)
@@ -417,6 +420,11 @@ def _asked(answer: Answer) -> str | None:
     if isinstance(answer, Completion):
         return answer.prompt
     return next((message.content for message in answer.messages if message.role == "user"), None)
+
+
+def _run_together(before: str, after: str) -> bool:
+    """Whether a prompt's last and an answer's first character look like two words of a language that puts a space between them."""
+    return (before + after).isascii() and after.isalnum() and (before.isalnum() or before in tuple(".,:;?!"))
 
 
 def _any_inside(places: np.ndarray, spans: Sequence[tuple[int, int, Any]]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from burnish.core.errors import ConfigError, Where
-from burnish.core.log import warn
+from burnish.core.log import counted, warn
 from burnish.data.cache import Examples
 from burnish.engine.backend import Backend
 from burnish.engine.progress import short
@@ -53,6 +53,13 @@ def refuse_cut_steps(tokens: float, micro_batch_tokens: int) -> None:
         )
 
 
+def tell_lone_answer(examples: int, batch_size: int | None) -> None:
+    """Says that the last step of an epoch is one answer, which has no other to be mismatched with (KTO's baseline is 0 there)."""
+    if batch_size and examples > 1 and (batch_size == 1 or examples % batch_size == 1):
+        last = "every step" if batch_size == 1 else "the last step of an epoch"
+        warn(f"{last} holds one answer, and KTO's baseline is 0 there: it is estimated from the other answers of the step")
+
+
 def announcement(policy: Policy, backend: Backend, steps: int) -> str:
     """What is about to happen, in one line."""
     trained = sum(p.numel() for p in policy.trainable().values())
@@ -60,7 +67,7 @@ def announcement(policy: Policy, backend: Backend, steps: int) -> str:
     devices = f"{backend.world_size} x " if backend.world_size > 1 else ""
     dtype = str(backend.compute_dtype).removeprefix("torch.")
     return (
-        f"training {short(trained)} of {short(everything)} parameters ({trained / everything:.2%}) for {steps:,} steps"
+        f"training {short(trained)} of {short(everything)} parameters ({trained / everything:.2%}) for {counted(steps, 'step')}"
         f" on {devices}{backend.device.type}, in {dtype}"
     )
 

@@ -20,6 +20,7 @@ from typing import Any
 import jinja2
 import torch
 
+from burnish.core.log import counted
 from burnish.engine.metrics import read_lines
 from burnish.engine.progress import short
 
@@ -91,7 +92,7 @@ def _template() -> jinja2.Template:
 
 def _subtitle(steps: Sequence[Line], how: str) -> str:
     date = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
-    return f"{len(steps):,} steps, {how} {date}" if steps else date
+    return f"{counted(len(steps), 'step')}, {how} {date}" if steps else date
 
 
 def _tiles(steps: Sequence[Line], evaluations: Sequence[Line], best: Line | None) -> Iterator[_Tile]:
@@ -115,7 +116,7 @@ def _tiles(steps: Sequence[Line], evaluations: Sequence[Line], best: Line | None
     tokens, trained = sum(line["tokens"] for line in steps), sum(line["trained_tokens"] for line in steps)
     seconds = sum(line["seconds"] for line in steps)
     yield _Tile("Tokens", short(tokens), f"{short(trained)} of them trained")
-    yield _Tile("Time in steps", _clock(seconds), f"{len(steps):,} steps")
+    yield _Tile("Time in steps", _clock(seconds), counted(len(steps), "step"))
     yield _Tile("Speed", f"{short(tokens / seconds)} tokens/s" if seconds else "-", "over all steps")
 
 
@@ -159,7 +160,8 @@ def _remarks(account: Mapping[str, Any] | None) -> Iterator[str]:
         return
     overlong, truncated = account["rows"].get("overlong", 0), account["tokens"].get("truncated", 0)
     if overlong:
-        yield f"{overlong:,} rows are longer than data.max_length; {truncated:,} tokens were cut off."
+        rows = f"{counted(overlong, 'row')} {'is' if overlong == 1 else 'are'}"
+        yield f"{rows} longer than data.max_length; {truncated:,} tokens were cut off."
     for place in account.get("malformed", [])[:5]:
         yield f"malformed: {place['file']}, row {place['row']}: {place['reason']}"
     if account.get("eval_rows_also_in_train"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.machinery
+import json
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -139,8 +140,21 @@ def _folder(folder: Path) -> Location:
     if (folder / "run.yaml").is_file() and (folder / "model").is_dir():
         adapter = (folder / "model" / "adapter_config.json").is_file()
         hint = f"Go on from its adapter with adapter.path: {folder / 'model'}" if adapter else f"Name the model in it: {folder / 'model'}"
+        if scores := _scores(folder / "model"):
+            hint = f"It is a reward model. In Python: burnish.load_{scores}({str(folder)!r})"
         raise ModelError(f"'{folder}' is the folder of a run, expected a model", hint=hint)
     raise ModelError(f"'{folder}' is no model folder: it holds no config.json")
+
+
+def _scores(folder: Path) -> str | None:
+    """`reward` or `process_reward` where a saved model is one, read from its settings alone."""
+    for name, key in (("adapter_config.json", "task_type"), ("config.json", "architectures")):
+        if (folder / name).is_file():
+            kind = str(json.loads((folder / name).read_text(encoding="utf-8")).get(key))
+            if "SEQ_CLS" in kind or "SequenceClassification" in kind:
+                return "reward"
+            return "process_reward" if "TOKEN_CLS" in kind or "TokenClassification" in kind else None
+    return None
 
 
 def _packaged_file(package: str) -> Path:

@@ -141,3 +141,12 @@ def test_bad_overrides(fault: Message, override: str, words: str) -> None:
 
 def test_an_item_must_be_named_where_there_are_several(fault: Message) -> None:
     assert "no item 'limit': data.train is a list of 2" in fault("", "data.train=[rows.jsonl, rows.jsonl]", "data.train.limit=3")
+
+
+def test_an_override_of_the_kind_says_which_keys_it_takes_away(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load("objective: {kind: dpo, beta: 0.3, loss: ipo}", "objective.kind=simpo", "objective.beta=2.0").config
+    assert config.objective.kind == "simpo" and config.objective.beta == 2.0
+    assert "warning: objective.kind=simpo replaces the section: the file's loss of 'dpo' is left out" in capsys.readouterr().err
+    load("objective: {kind: dpo, beta: 0.3}", "objective.kind=dpo")
+    load("objective: dpo", "objective.kind=simpo")
+    assert capsys.readouterr().err == ""

@@ -28,7 +28,7 @@ from burnish.core.errors import ModelError, RowError, TemplateError, Where
 from burnish.data import templates
 from burnish.data.chat_template import as_chat
 from burnish.data.render import NOTES, Renderer
-from burnish.data.types import Completion, Conversation, Example, Message, Text, Tokens, ToolCall
+from burnish.data.types import Completion, Conversation, Example, Message, Pair, Text, Tokens, ToolCall
 
 # -- tokenizers -----------------------------------------------------------------------------------------------------------------------
 
@@ -683,6 +683,26 @@ def test_reasoning_left_out_is_counted() -> None:
     inline = (Message("user", "Q"), Message("assistant", "<think>R</think>A"), Message("user", "Q"), Message("assistant", "B"))
     assert notes_of("qwen3", Conversation(inline)) == {"reasoning_left_out": 1}
     assert notes_of("chatml", Conversation(inline)) == {}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "noted"),
+    [
+        ("Two and two is", "four", 1),
+        ("Question?", "Yes", 1),
+        ("Answer: ", "yes", 0),
+        ("Answer:", " yes", 0),
+        ("<|answer|>", "yes", 0),
+        ("问", "答", 0),
+    ],
+)
+def test_words_that_run_together_are_noted(prompt: str, answer: str, noted: int) -> None:
+    notes: Counter[str] = Counter()
+    renderer = setup("chatml")[1]
+    renderer.render(Completion(prompt, answer), notes=notes)
+    assert notes["words_run_together"] == noted
+    renderer.render(Pair(Completion(prompt, answer), Completion(prompt, answer + "!")), notes=notes)
+    assert notes["words_run_together"] == 2 * noted  # once a row, not once a side
 
 
 def test_tools_and_messages_left_out_are_counted() -> None:

@@ -65,3 +65,12 @@ def test_a_run_on_a_cpu_without_c_kernels_says_so(monkeypatch: pytest.MonkeyPatc
     assert preflight.without_c(torch.device("meta")) == ""
     monkeypatch.setattr(native, "why_not", lambda: None)
     assert preflight.without_c(torch.device("cpu")) == ""
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch_size", "said"),
+    [(9, 4, "the last step of an epoch holds one answer"), (8, 1, "every step holds one answer"), (8, 4, ""), (1, 4, ""), (9, None, "")],
+)
+def test_a_step_of_one_judged_answer_is_said(examples: int, batch_size: int | None, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    preflight.tell_lone_answer(examples, batch_size)
+    assert said in capsys.readouterr().err if said else capsys.readouterr().err == ""

@@ -99,6 +99,24 @@ def test_the_folder_of_a_run(tmp_path: Path, weights: str, advice: str) -> None:
     assert str(caught.value.hint).endswith(f"{advice}{tmp_path / 'model'}")
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "door"),
+    [
+        ("adapter_config.json", '{"task_type": "SEQ_CLS"}', "load_reward"),
+        ("adapter_config.json", '{"task_type": "TOKEN_CLS"}', "load_process_reward"),
+        ("config.json", '{"architectures": ["LlamaForSequenceClassification"]}', "load_reward"),
+        ("config.json", '{"architectures": ["LlamaForTokenClassification"]}', "load_process_reward"),
+    ],
+)
+def test_the_folder_of_a_run_that_made_a_reward_model(tmp_path: Path, file: str, text: str, door: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "run.yaml").write_text("")
+    (tmp_path / "model" / file).write_text(text)
+    with pytest.raises(ModelError) as caught:
+        locate(str(tmp_path))
+    assert caught.value.hint == f"It is a reward model. In Python: burnish.{door}({str(tmp_path)!r})"
+
+
 def test_other_files_and_split_files(tmp_path: Path) -> None:
     for name, message in (("m.bin", r"expected a model folder or a \.gguf file"), ("m-00001-of-00003.gguf", "one part of a split GGUF")):
         (tmp_path / name).write_bytes(b"")
