@@ -17,7 +17,6 @@ are found before weights are loaded, and everything before the run folder, so th
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
@@ -34,7 +33,7 @@ from burnish.config.load import load_run, parse_run
 from burnish.config.objectives import Distill, Plugin, batch_kind
 from burnish.config.run import RunConfig
 from burnish.config.sections import Adapter, Model
-from burnish.core.errors import CheckpointError, ConfigError, Interrupted, Where
+from burnish.core.errors import CheckpointError, ConfigError, Interrupted
 from burnish.core.log import busy, info
 from burnish.data.account import Account
 from burnish.data.cache import Examples
@@ -46,8 +45,8 @@ from burnish.data.types import Batch, BatchKind
 from burnish.engine import checkpoint, loop, preflight, reference
 from burnish.engine.backend import Backend, Precision
 from burnish.engine.events import Callback, State
+from burnish.engine.folder import RunFolder
 from burnish.engine.optim import build_optimizer
-from burnish.engine.report import write_report
 from burnish.engine.resume import identity_of, refuse_another_run
 from burnish.engine.step import Stepper, StepResult, begin_step
 from burnish.models.activations import free_memory
@@ -58,7 +57,6 @@ from burnish.models.tokenizer import load_tokenizer
 from burnish.objectives.base import Loss, Objective
 
 DEFAULT_BATCH_SIZE = 32
-FINISHED = "finished.json"  # in the run folder, of a run whose model is the outcome of all its steps
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 _ROOM = 0.85
 """Share of the free memory that activations may fill: the rest is for what comes and goes within a layer, and for fragmentation."""
@@ -242,9 +240,7 @@ class Run:
             held_out = self._reference(policy)
         if self.config.train.optimizer.in_backward and isinstance(source, Loader):
             preflight.refuse_cut_steps(source.tokens_per_step / self.backend.world_size, self.micro_batch_tokens)
-        cut = (self.micro_batch_tokens, self.backend.rank, self.backend.world_size)
-        options = {"packing": self.config.data.packing, "mismatched": self._mismatched}
-        passes = partial(eval_batches, held_out, *cut, **options) if held_out is not None else None
+        passes = partial(self._eval_batches, held_out) if held_out is not None else None
         return loop.Job(
             policy=policy,
             objective=self.objective,
@@ -255,11 +251,21 @@ class Run:
             folder=self.folder,
             evaluation=self.config.evaluation,
             save=self.config.save,
+            recovery=self.config.recovery,
             eval_batches=passes,
             callbacks=[*self.callbacks, *self._moves],
             identity=self._identity,
-            resume=self.config.resume == "auto",
+            resume=self.config.resume,
         )
+
+    def _eval_batches(self, held_out: ExampleSet, halvings: int) -> Iterator[Batch]:
+        budget = max(1, self.micro_batch_tokens >> halvings)
+        options = {"packing": self.config.data.packing, "mismatched": self._mismatched}
+        return eval_batches(held_out, budget, self.backend.rank, self.backend.world_size, **options)
+
+    @cached_property
+    def _files(self) -> RunFolder:
+        return RunFolder(self.folder, active=self.backend.is_main)
 
     @cached_property
     def _moves(self) -> list[Callback]:
@@ -293,6 +299,7 @@ class Run:
         Raises:
             BurnishError: see `core.errors`; before the first step nothing is written.
         """
+        self._files.lock.look()
         self._refuse_to_overwrite()
         began = time.perf_counter()
         if not self.config.data.streaming:
@@ -316,18 +323,19 @@ class Run:
         self.open()
         try:
             outcome = loop.train(job)
+            job.trackers.close()
+            self.save()
+            self._files.report()
+            if outcome.state.step == self.total_steps:  # not where it was stopped early, which a longer patience may undo
+                self._files.finish(outcome.state.step, self._identity)
+            seconds = time.perf_counter() - began
+            info(f"done in {seconds:.0f} s: {self._files.model}  report: {self.folder / 'report.html'}")
         except Interrupted:
-            if self.backend.is_main:
-                write_report(self.folder, stopped=True)
+            self._files.report(stopped=True)
             raise
         finally:
             job.trackers.close()
-        self.save()
-        if self.backend.is_main:
-            write_report(self.folder)
-            self._note_finished(outcome.state.step)
-            seconds = time.perf_counter() - began
-            info(f"done in {seconds:.0f} s: {self.folder / 'model'}  report: {self.folder / 'report.html'}")
+            self._files.lock.release()
         return outcome
 
     # The loop in the user's hands.
@@ -367,24 +375,20 @@ class Run:
 
     def save(self) -> Path:
         """Writes the trained model (the adapter as a PEFT folder, or the whole model) into the run folder, and returns the place."""
-        target = self.folder / "model"
+        target, alone = self._files.model, not self._files.lock.held
         self.open()
-        if self.backend.is_main:
-            save_model(self.policy.model, self.tokenizer, target)
-        self.backend.barrier()
+        try:
+            if self.backend.is_main:
+                save_model(self.policy.model, self.tokenizer, target)
+            self.backend.barrier()
+        finally:
+            if alone:
+                self._files.lock.release()
         return target
 
     def open(self) -> None:
         """Makes the run folder, with the resolved run file and the account of the data."""
-        if not self.backend.is_main:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{self.folder} cannot be made: {error.strerror or error}", where=Where(field="output")) from error
-        (self.folder / FINISHED).unlink(missing_ok=True)
-        (self.folder / "run.yaml").write_text(dump_run(self.config), encoding="utf-8")
-        (self.folder / "data.json").write_text(json.dumps(self.account.to_json(), indent=2) + "\n", encoding="utf-8")
+        self._files.open(dump_run(self.config), self.account.to_json())
 
     @property
     def finished(self) -> Path | None:
@@ -392,19 +396,9 @@ class Run:
 
         The data is prepared for that, or taken from its cache; the model is not loaded.
         """
-        marker, model = self.folder / FINISHED, self.folder / "model"
-        if self.config.resume == "never" or not marker.is_file() or not model.is_dir():
+        if self.config.resume == "never" or not self.folder.is_dir():
             return None
-        try:
-            same = json.loads(marker.read_text(encoding="utf-8")) == {"steps": self.total_steps, "run": self._identity}
-        except ValueError:  # torn by a crash: the checkpoint tells
-            return None
-        return model if same else None
-
-    def _note_finished(self, steps: int) -> None:
-        if steps == self.total_steps:  # not where it was stopped early, which a longer patience may undo
-            text = json.dumps({"steps": steps, "run": self._identity}, indent=2)
-            (self.folder / FINISHED).write_text(f"{text}\n", encoding="utf-8")
+        return self._files.model if self._files.is_finished(self.total_steps, self._identity) else None
 
     @property
     def _identity(self) -> dict[str, Any]:
@@ -419,7 +413,7 @@ class Run:
                 f"{self.folder} holds a run already, and resume is 'never'",
                 hint="Choose another output folder, or resume: auto to go on with this run.",
             )
-        refuse_another_run(self.folder / "checkpoints", self._identity, self.total_steps)
+        refuse_another_run(self.folder / "checkpoints", self._identity, self.total_steps, force=self.config.resume == "force")
 
 
 def _dated(config: RunConfig) -> RunConfig:

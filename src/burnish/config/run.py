@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from burnish.config.base import Location, LongForm, Strict
 from burnish.config.objectives import BUILT_IN, CPO, DPO, SFT, AnyObjective, Distill, Plugin
-from burnish.config.sections import Adapter, Data, Evaluation, Model, Optimizer, Parallel, Save, Schedule, Source, Train
+from burnish.config.sections import Adapter, Data, Evaluation, Model, Optimizer, Parallel, Recovery, Save, Schedule, Source, Train
 
 Tracker = Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -37,12 +37,15 @@ class RunConfig(Strict):
     """Several devices."""
     save: Save = Save()
     """Checkpoints."""
+    recovery: Recovery = Recovery()
+    """What happens when something goes wrong."""
     track: list[Tracker] = Field(default=["csv"])
     """Where metrics go besides metrics.jsonl."""
     output: Annotated[str, Location("folder")] = Field(default="runs/default", min_length=1)
     """The run folder."""
-    resume: Literal["auto", "never"] = "auto"
-    """Go on from the newest checkpoint in `output` where there is one, or refuse to touch a folder that holds a run."""
+    resume: Literal["auto", "force", "never"] = "auto"
+    """`auto` goes on from the newest checkpoint in `output` where there is one, if it belongs to the same run; `force` also from one
+    with other settings or data, and says what is different; `never` refuses to touch a folder that holds a run."""
 
     @model_validator(mode="before")
     @classmethod

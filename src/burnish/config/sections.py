@@ -286,5 +286,36 @@ class Save(Strict):
     """`0.5ep`, `500st`, `10Mtok`, or null for only at the end."""
     keep: int = Field(default=2, ge=1)
     """How many checkpoints stay besides the best one."""
+    keep_every: Duration | None = None
+    """Checkpoints that stay for ever, so far apart: `1ep`, `1000st`."""
+    background: bool = True
+    """Write while training goes on, from a copy in memory; without, training waits for the disk."""
     best: bool = True
     """Keep the checkpoint with the lowest eval loss and export it as the final model (where there is eval data)."""
+
+
+class Spike(Strict):
+    """A loss that jumps up. What it would do to the weights is kept from them."""
+
+    sigma: float = Field(default=6.0, gt=0)
+    """A step whose loss lies this many standard deviations above the mean of the steps before it is a spike."""
+    window: int = Field(default=128, ge=8)
+    """The steps before it that are looked at. There are no spikes before a quarter of them are there."""
+    action: Literal["skip", "rollback", "stop"] = "skip"
+    """`skip` leaves the update out, `rollback` goes back to the weights of the newest checkpoint, `stop` ends the run."""
+
+
+class Recovery(Strict):
+    """What happens when something goes wrong."""
+
+    non_finite: Literal["skip", "rollback", "stop"] = "skip"
+    """A gradient or loss that is not finite never reaches the weights. `skip` leaves the update out and counts it; after `patience` in a
+    row the run stops, or with `rollback` goes back to the weights of the newest checkpoint. `stop` stops at the first."""
+    patience: int = Field(default=5, ge=1)
+    """Updates in a row that may be left out."""
+    spike: Spike | None = None
+    """What is a spike of the loss, and what to do about it; null looks for none."""
+    rollbacks: int = Field(default=3, ge=0)
+    """How often a run may go back before it stops."""
+    out_of_memory: Literal["halve", "stop"] = "halve"
+    """`halve` repeats the step in micro-batches of half the tokens, with the same result, and stays there."""

@@ -10,6 +10,7 @@
     ├── ModelError              the model or tokenizer cannot be loaded, or lacks what the run needs
     │   └── AdapterError        the adapter does not fit the model
     ├── CheckpointError         a checkpoint is missing, torn, or belongs to another run
+    │   └── StorageError        exit code 1: a checkpoint or model cannot be written
     ├── TrainingError           the run cannot go on: non-finite loss, a parameter without gradient
     ├── DependencyError         an optional package is needed and not installed
     └── Interrupted             exit code 3: stopped by a signal, checkpoint saved
@@ -124,6 +125,12 @@ class AdapterError(ModelError):
 
 class CheckpointError(BurnishError):
     """A checkpoint is missing, torn, or belongs to another run."""
+
+
+class StorageError(CheckpointError):
+    """A checkpoint or a trained model could not be written; what was written before is untouched."""
+
+    exit_code = 1
 
 
 class TrainingError(BurnishError):

@@ -117,12 +117,13 @@ class Loader:
         self._rank = rank
         self._world_size = world_size
         self._mismatched = mismatched
-        self._micro_batch_tokens = micro_batch_tokens
+        self.micro_batch_tokens = micro_batch_tokens
         self._bin_size = max_length if batch_tokens is not None else None
         self._units_per_step = batch_size if batch_size is not None else max(1, (batch_tokens or 0) // max_length)
         self._epoch = 0
         self._cursor = 0  # units (examples, or bins) of this epoch that are used up
         self._units = self._units_of(0)
+        self._members: IntArray = np.arange(0)
         self.last_step = StepInfo()
 
     @property
@@ -157,8 +158,18 @@ class Loader:
             self._start(self._epoch + 1, 0)
         units = self._units[self._cursor : self._cursor + self._units_per_step]
         self._cursor += len(units)
-        members = np.concatenate([np.atleast_1d(unit) for unit in units])
-        return self._batches(members)
+        self._members = np.concatenate([np.atleast_1d(unit) for unit in units])
+        return self.again()
+
+    def again(self) -> list[Batch]:
+        """The micro-batches of the step that `next` gave last, cut as `micro_batch_tokens` says now."""
+        step = Step(self._examples, self._members, mismatched=self._mismatched)
+        self.last_step = step.info
+        return list(step.batches(self.micro_batch_tokens, self._rank, self._world_size, packing=self._packed))
+
+    def halve(self, times: int) -> None:
+        """Halves `micro_batch_tokens` so often."""
+        self.micro_batch_tokens = max(1, self.micro_batch_tokens >> times)
 
     def state(self) -> dict[str, Any]:
         """Epoch and cursor, and what they refer to. `carry` (examples begun and not finished) is always empty here."""
@@ -200,11 +211,6 @@ class Loader:
         # Packing leaves the long examples in the first bins: without a second shuffle an epoch would begin with them.
         turn = permutation(len(bins), self._seed, epoch, 1) if self._shuffle else np.arange(len(bins))
         return [order[bins[number]] for number in turn.tolist()]
-
-    def _batches(self, members: IntArray) -> list[Batch]:
-        step = Step(self._examples, members, mismatched=self._mismatched)
-        self.last_step = step.info
-        return list(step.batches(self._micro_batch_tokens, self._rank, self._world_size, packing=self._packed))
 
 
 class Listed:

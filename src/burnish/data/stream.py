@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -95,7 +95,7 @@ class StreamLoader:
         self._pipeline = pipeline_of(data, self._opened, renderer)
         self._batch_size = batch_size
         self._batch_tokens = batch_tokens
-        self._micro_batch_tokens = micro_batch_tokens
+        self.micro_batch_tokens = micro_batch_tokens
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
@@ -104,6 +104,7 @@ class StreamLoader:
         self.account = self._opened.account()
         """Of the first pass; it grows as rows are read."""
         self.last_step = StepInfo()
+        self._last: list[Example] = []
         self._results: Generator[tuple[list[Task], Chunk]] | None = None
         self._begin(0)
 
@@ -137,7 +138,19 @@ class StreamLoader:
             check_something_is_left(self.account, self._data, "train")
             self._begin(self._epoch + 1)
             step = self._step()
-        return self._batches([placed.example for placed in step])
+        self._last = [placed.example for placed in step]
+        return self.again()
+
+    def again(self) -> list[Batch]:
+        """The micro-batches of the step that `next` gave last, cut as `micro_batch_tokens` says now."""
+        step = Step(Listed(self._last), np.arange(len(self._last)), mismatched=self._mismatched)
+        self.last_step = step.info
+        packing = self._data.packing == "auto"
+        return list(step.batches(self.micro_batch_tokens, self._rank, self._world_size, packing=packing))
+
+    def halve(self, times: int) -> None:
+        """Halves `micro_batch_tokens` so often."""
+        self.micro_batch_tokens = max(1, self.micro_batch_tokens >> times)
 
     def state(self) -> dict[str, Any]:
         """Epoch, cursor (rows read in this epoch), and the examples that were read and not trained on yet."""
@@ -250,12 +263,6 @@ class StreamLoader:
                 break
             step.append(placed)
         return step
-
-    def _batches(self, examples: Sequence[Example]) -> list[Batch]:
-        step = Step(Listed(examples), np.arange(len(examples)), mismatched=self._mismatched)
-        self.last_step = step.info
-        packing = self._data.packing == "auto"
-        return list(step.batches(self._micro_batch_tokens, self._rank, self._world_size, packing=packing))
 
 
 def _placed(block: ExampleBlock, first_turn: int) -> Iterator[_Placed]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # formats and sources must stay importable without torch
     import numpy as np
@@ -208,6 +208,21 @@ class Source(Protocol):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state`: the next step is the one that would have come next."""
+        ...
+
+
+@runtime_checkable
+class Recut(Protocol):
+    """A source that can cut its present step into other micro-batches."""
+
+    micro_batch_tokens: int  # most tokens computed at once on this rank
+
+    def again(self) -> list[Batch]:
+        """The micro-batches of the step that `next` gave last, cut as `micro_batch_tokens` says now."""
+        ...
+
+    def halve(self, times: int) -> None:
+        """Halves `micro_batch_tokens` so often."""
         ...
 
 

@@ -150,7 +150,15 @@ class Backend:
 
     def any(self, flag: bool) -> bool:
         """True where any rank says so: a signal reaches one rank, and all must act on it in the same step."""
-        return flag if self.world_size == 1 else any(self.gather(flag))
+        return bool(self.union(int(flag)))
+
+    def union(self, flags: int) -> int:
+        """The bits, of the lowest eight, that any rank has set."""
+        if self.world_size == 1:
+            return flags
+        bits = torch.tensor([flags >> place & 1 for place in range(8)], dtype=torch.int32, device=self.device)
+        dist.all_reduce(bits, op=dist.ReduceOp.MAX)
+        return sum(bit << place for place, bit in enumerate(bits.tolist()))
 
     def barrier(self) -> None:
         """Waits for every rank."""

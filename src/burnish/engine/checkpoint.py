@@ -6,7 +6,7 @@
         optimizer.json           its scalars and its shape: where each tensor belongs
         rng.safetensors          random states of torch, of every rank
         trainer.json             step, loader, NumPy's and Python's random states, best result, identity of the run, versions
-        manifest.json            size and sha256 of every other file
+        manifest.json            size and sha256 of every other file, and a sha256 of its own
 
 Nothing is pickled, so nothing in a checkpoint can run code. A checkpoint is written into a folder of another name, every file is flushed
 to the disk, and one rename makes it exist. `newest` believes a checkpoint only when its manifest holds, and takes the one before otherwise.
@@ -22,18 +22,19 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from burnish.core.errors import CheckpointError
+from burnish.core.errors import CheckpointError, StorageError
 from burnish.core.log import warn
 
-__all__ = ["Checkpoint", "flatten", "folders", "load", "newest", "prune", "save", "step_of", "unflatten", "verify"]
+__all__ = ["Checkpoint", "flatten", "folder_of", "folders", "load", "newest", "prune", "save", "step_of", "unflatten", "verify"]
 
-FORMAT = 1
+FORMAT = 2
+FILES = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "rng.safetensors", "trainer.json")
 _NAME = re.compile(r"^step-(\d{6,})$")
 _DISCARDED = ".discarded-"
 _REPLACED = ".replaced-"
@@ -58,9 +59,9 @@ def save(root: Path, checkpoint: Checkpoint) -> Path:
     """Writes a checkpoint under `root` and returns its folder. All or nothing: an error leaves the older checkpoints as they were.
 
     Raises:
-        CheckpointError: the disk is full or refuses to be written.
+        StorageError: the disk is full or refuses to be written.
     """
-    target = root / f"step-{checkpoint.step:06d}"
+    target = folder_of(root, checkpoint.step)
     unfinished = root / f"{_UNFINISHED}{target.name}"
     structure, tensors = flatten(checkpoint.optimizer)
     try:
@@ -74,7 +75,7 @@ def save(root: Path, checkpoint: Checkpoint) -> Path:
         _write_json(unfinished / "optimizer.json", structure)
         _write_json(unfinished / "trainer.json", checkpoint.trainer)
         files = {path.name: _fingerprint(path) for path in sorted(unfinished.iterdir())}
-        _write_json(unfinished / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "files": files})
+        _write_json(unfinished / "manifest.json", _sealed({"format": FORMAT, "step": checkpoint.step, "files": files}))
         for path in (*unfinished.iterdir(), unfinished):
             _flush(path)
         if target.exists():  # the same step again, after a resume from an older one: it steps aside, to come back after a crash
@@ -84,7 +85,7 @@ def save(root: Path, checkpoint: Checkpoint) -> Path:
         _clear_leftovers(root)
     except (OSError, ValueError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise CheckpointError(
+        raise StorageError(
             f"{target} could not be written: {error}", hint="earlier checkpoints are untouched; free some space and run the command again"
         ) from error
     return target
@@ -121,12 +122,10 @@ def verify(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the first file that is missing or differs.
     """
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is no finished checkpoint: manifest.json is missing")
-    manifest = _read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.get('format')!r}, expected {FORMAT}", hint="it was written by another version")
+    manifest = _manifest_of(folder)
+    for name in FILES:
+        if name not in manifest["files"]:
+            raise CheckpointError(f"{folder / 'manifest.json'} does not list {name}, which belongs to a checkpoint")
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():
@@ -137,6 +136,27 @@ def verify(folder: Path) -> dict[str, Any]:
         if _fingerprint(file) != expected:
             raise CheckpointError(f"{file} has changed since it was written: its sha256 differs from the manifest's")
     return manifest
+
+
+def _manifest_of(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no finished checkpoint: manifest.json is missing")
+    manifest = _read_json(path)
+    if not isinstance(manifest, dict) or _sealed(cast("dict[str, Any]", manifest)) != manifest:
+        raise CheckpointError(f"{path} has changed since it was written: its own sha256 differs")
+    found = cast("dict[str, Any]", manifest)
+    if found.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {found.get('format')!r}, expected {FORMAT}", hint="it was written by another version")
+    if found.get("step") != step_of(folder):
+        raise CheckpointError(f"{path} is that of step {found.get('step')}, expected step {step_of(folder)}")
+    return found
+
+
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a sha256 of its own."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def newest(root: Path) -> Path | None:
@@ -167,6 +187,11 @@ def folders(root: Path) -> list[Path]:
     return sorted((path for path in root.iterdir() if path.is_dir() and _NAME.match(path.name)), key=step_of)
 
 
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return root / f"step-{step:06d}"
+
+
 def step_of(folder: Path) -> int:
     """The step that a checkpoint's folder is named after."""
     match = _NAME.match(folder.name)
@@ -176,15 +201,22 @@ def step_of(folder: Path) -> int:
 
 
 def prune(root: Path, *, keep: int, best: int | None = None) -> None:
-    """Deletes old checkpoints: the `keep` newest stay, and the one of step `best`.
+    """Deletes old checkpoints: the `keep` newest stay, the one of step `best`, and those that are marked as permanent.
 
     To be called after a `save` returned: then the newest one is on the disk in full. Steps alone decide, never time stamps, and a folder
     is renamed before it is emptied, so that a crash cannot leave half a checkpoint under a good name.
     """
     for folder in folders(root)[: -max(1, keep)]:
-        if step_of(folder) != best:
+        if step_of(folder) != best and not _is_permanent(folder):
             folder.rename(root / f"{_DISCARDED}{folder.name}")
     _clear_leftovers(root)
+
+
+def _is_permanent(folder: Path) -> bool:
+    try:
+        return bool(trainer_of(folder).get("permanent"))
+    except CheckpointError:  # torn: nothing to keep
+        return False
 
 
 def flatten(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:

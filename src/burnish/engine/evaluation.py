@@ -18,7 +18,7 @@ from burnish.engine.optim import averaged_weights
 from burnish.engine.step import begin_step
 from burnish.objectives.base import Objective
 
-__all__ = ["evaluate", "judge"]
+__all__ = ["early_stop", "evaluate", "judge"]
 
 
 @torch.no_grad()
@@ -79,12 +79,18 @@ def judge(state: State, loss: float, config: Evaluation) -> bool:
         state.reference, state.unimproved = loss, 0
     else:
         state.unimproved += 1
-    if config.patience is not None and state.unimproved >= config.patience:
-        state.stop = f"the eval loss has not improved for {state.unimproved} evaluations"
+    state.stop = early_stop(state, config) or state.stop
     if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
         state.best_loss, state.best_step = loss, state.step
         return True
     return False
+
+
+def early_stop(state: State, config: Evaluation) -> str | None:
+    """Why the run is to end here, by `evaluation.patience`; None where it is not."""
+    if config.patience is None or state.unimproved < config.patience:
+        return None
+    return f"the eval loss has not improved for {state.unimproved} evaluations"
 
 
 def _total(amounts: list[torch.Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""What a training run tells the outside (callbacks), and what the outside tells it (signals)."""
+"""What a training run tells the outside (callbacks), and what the outside asks of it (signals and files)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from burnish.core.log import console, warn
+from burnish.core.signals import POLITE
 from burnish.engine.step import StepResult
 
-__all__ = ["Callback", "Callbacks", "Signals", "State"]
+__all__ = ["Callback", "Callbacks", "Requests", "State"]
 
 
 @dataclass(slots=True)
@@ -32,6 +34,9 @@ class State:
     best_saved: int | None = None  # step of the checkpoint that holds it
     unimproved: int = 0  # evaluations in a row without improvement
     reference: float | None = None  # the eval loss that an improvement must undercut by evaluation.min_delta
+    halvings: int = 0  # how often micro-batches were halved because memory ran out
+    rollbacks: int = 0  # how often the run went back to an older state
+    evaluated_step: int | None = None  # of the last evaluation
     evaluation_pending: bool = False  # a signal has cut an evaluation short
     stop: str | None = None  # why the run ends before its last step
 
@@ -98,27 +103,51 @@ class Callbacks(Callback):
             getattr(callback, event)(*details)
 
 
-class Signals:
-    """Ctrl-C and SIGTERM, taken politely: the first asks the loop to stop after the step, the second ends the process at once.
+class Requests:
+    """What the outside asks of a run: Ctrl-C, SIGTERM, SIGUSR1, and files named STOP and SAVE in the run folder.
 
-    The handler only sets a flag; the loop decides. A checkpoint that is being written when the second signal comes is not visible yet,
-    so nothing is spoiled. Handlers of before are put back on leaving. Outside the main thread Python allows no handlers; then it does
-    nothing.
+    A signal, or STOP, asks the loop to save and stop after the step; a second signal ends the process at once. SAVE asks for a checkpoint.
+    The handler only sets a flag; the loop decides, with all ranks together. A checkpoint that is being written when the second signal
+    comes is not visible yet, so nothing is spoiled. Handlers of before are put back on leaving. Outside the main thread Python allows no
+    handlers; then the files alone are looked at.
+
+    Args:
+        folder: The run folder.
+        active: Whether this rank looks at the files.
     """
 
-    def __init__(self) -> None:
+    STOP, SAVE = 1, 2
+
+    def __init__(self, folder: Path, *, active: bool = True) -> None:
         self.received: signal.Signals | None = None
+        self._files = {self.STOP: folder / "STOP", self.SAVE: folder / "SAVE"} if active else {}
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> Requests:
+        self.answered(self.STOP | self.SAVE)  # what was left lying there is not for this run
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in POLITE:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def seen(self) -> int:
+        """What this rank has been asked for: STOP, SAVE, both or 0."""
+        asked = self.STOP if self.received is not None else 0
+        for request, file in self._files.items():
+            if os.path.lexists(file):
+                asked |= request
+        return asked
+
+    def answered(self, requests: int) -> None:
+        """Removes the files of what is done."""
+        for request, file in self._files.items():
+            if requests & request:
+                with suppress(OSError):  # on storage that is read-only now
+                    file.unlink(missing_ok=True)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

@@ -9,15 +9,18 @@
         objective.begin_step                   where the loss of an example depends on the others of its step
         for each micro-batch:
             objective, backward                gradients add up
+        once more in smaller micro-batches     where memory ran out, see `engine.memory`
         update                                 average over ranks, clip, check, optimiser
         on_step_end
+        back to the newest checkpoint          where `recovery` says so
         on_eval_start, on_eval_end             every evaluation.every, and after the last step; may set state.stop
-        save, on_save                          every save.every, when the eval loss is the lowest so far, and after the last step
-        Ctrl-C or SIGTERM: save, on_save       and Interrupted is raised
+        save, on_save                          every save.every, for the lowest eval loss so far, on request, and after the last step
+        a signal, or a file STOP               save, on_save, and Interrupted is raised
     weights of the best checkpoint             with save.best, where there is one
     on_train_end
 
-The `on_...` are methods of `events.Callback`.
+The `on_...` are methods of `events.Callback`. Checkpoints are written beside the training (`engine.writer`), and on_save comes when one is
+on the disk.
 """
 
 from __future__ import annotations
@@ -27,23 +30,26 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from burnish.config.base import Duration
-from burnish.config.sections import Evaluation, Save, Train
-from burnish.core.errors import CheckpointError, ConfigError, Interrupted, Where
+from burnish.config.sections import Evaluation, Recovery, Save, Train
+from burnish.core.errors import CheckpointError, ConfigError, Interrupted, StorageError, TrainingError, Where
 from burnish.core.log import info, warn
 from burnish.data.types import Batch, Source
 from burnish.engine import checkpoint, resume
 from burnish.engine.backend import Backend, Trackers
-from burnish.engine.evaluation import evaluate, judge
-from burnish.engine.events import Callback, Callbacks, Signals, State
+from burnish.engine.checkpoint import Checkpoint
+from burnish.engine.evaluation import early_stop, evaluate, judge
+from burnish.engine.events import Callback, Callbacks, Requests, State
 from burnish.engine.guard import GuardReport
+from burnish.engine.memory import Memory
 from burnish.engine.metrics import MetricsLog, step_line
 from burnish.engine.optim import use_final_weights
 from burnish.engine.progress import TrainingProgress
 from burnish.engine.schedule import effective, learning_rate, total_steps
 from burnish.engine.step import Stepper, StepResult, begin_step
+from burnish.engine.writer import Writer
 from burnish.objectives.base import Objective
 
 _QUALITY = {
@@ -52,6 +58,8 @@ _QUALITY = {
     "eval_accuracy": "accuracy {eval_accuracy:.1%}",
 }
 """What is said of an evaluation beside its loss: the first that there is."""
+
+Resume = Literal["auto", "force", "never"]
 
 __all__ = ["Job", "Outcome", "build_stepper", "due", "length_of", "train"]
 
@@ -69,11 +77,12 @@ class Job:
     evaluation: Evaluation
     save: Save
     folder: Path  # the run folder
-    eval_batches: Callable[[], Iterable[Batch]] | None = None  # a fresh pass over the held-out data
+    recovery: Recovery = field(default_factory=Recovery)
+    eval_batches: Callable[[int], Iterable[Batch]] | None = None  # a fresh pass over the held-out data, micro-batches halved so often
     callbacks: Sequence[Callback] = ()
     trackers: Trackers = field(default_factory=lambda: Trackers({}))
     identity: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what a checkpoint must share, see resume.identity_of
-    resume: bool = True
+    resume: Resume = "auto"
 
     @property
     def checkpoints(self) -> Path:
@@ -97,19 +106,22 @@ def train(job: Job) -> Outcome:
 
     Raises:
         Interrupted: a signal came; the checkpoint is saved, and the same call goes on from it.
-        TrainingError: the gradients are not finite or missing.
-        CheckpointError: the checkpoint to resume from belongs to another run, or one could not be written.
+        TrainingError: the gradients are not finite or missing, memory does not hold one example, or the run went back too often.
+        CheckpointError: the checkpoint to resume from belongs to another run.
+        StorageError: the last checkpoint could not be written.
     """
     state = State(total=length_of(job.source, job.train))
     stepper = build_stepper(job, state.total)
     resumed_from = _begin(job, state, stepper)
 
     with (
-        MetricsLog(job.folder, after=state.step, active=job.backend.is_main) as log,
+        MetricsLog(job.folder, after=state.step, evaluated=state.evaluated_step, active=job.backend.is_main) as log,
         TrainingProgress(state.total, done=state.step, active=job.backend.is_main) as progress,
-        Signals() as signals,
+        Requests(job.folder, active=job.backend.is_main) as requests,
+        Writer(job.checkpoints, keep=job.save.keep, background=job.save.background, active=job.backend.is_main) as writer,
     ):
-        run = _Run(job, state, stepper, log, progress, signals, saved_step=state.step if resumed_from else None)
+        memory = Memory(job.backend, job.source, stepper, state, job.recovery)
+        run = _Run(job, state, stepper, memory, log, progress, requests, writer, saved_step=state.step if resumed_from else None)
         run.events.on_train_start(state)
         if state.evaluation_pending or (job.evaluation.at_start and state.step == 0):
             run.evaluate()
@@ -118,22 +130,26 @@ def train(job: Job) -> Outcome:
             began = time.perf_counter()
             batches = job.source.next(job.policy)
             if batches is None:
+                state.stop = "there is no more data"
                 break
             run.events.on_step_start(state)
-            for batch in begin_step(batches, job.objective, job.policy, job.backend):
-                with job.backend.autocast():
-                    loss = job.objective(job.policy, batch)
-                stepper.accumulate(loss, batch)
+            for attempt in memory.attempts(batches):
+                with attempt:
+                    for batch in begin_step(attempt.batches, job.objective, job.policy, job.backend):
+                        with job.backend.autocast():
+                            loss = job.objective(job.policy, batch)
+                        stepper.accumulate(loss, batch)
             result = stepper.update()
             run.note(result, seconds=time.perf_counter() - began)
             run.events.on_step_end(state, result)
 
+            if result.roll_back:
+                run.roll_back()
             if run.evaluation_is_due():
                 run.evaluate()
             if run.save_is_due():
                 run.save()
-            if not state.finished:  # after the last step there is nothing to stop
-                run.stop_on_signal()
+            run.answer()
 
         run.finish()
     return Outcome(state, stepper.skipped, run.last_evaluation, stepper.guard.report, resumed_from)
@@ -150,6 +166,7 @@ def build_stepper(job: Job, total: int) -> Stepper:
         learning_rate=job.train.learning_rate,
         multiplier=lambda step: learning_rate(schedule, step, total, **size),
         clip=job.train.clip,
+        recovery=job.recovery,
     )
 
 
@@ -188,23 +205,26 @@ class _Run:
         job: Job,
         state: State,
         stepper: Stepper,
+        memory: Memory,
         log: MetricsLog,
         progress: TrainingProgress,
-        signals: Signals,
+        requests: Requests,
+        writer: Writer,
         *,
         saved_step: int | None,
     ) -> None:
         self.job = job
         self.state = state
         self.stepper = stepper
+        self.memory = memory
         self.log = log
         self.progress = progress
-        self.signals = signals
+        self.requests = requests
+        self.writer = writer
         self.events = Callbacks(job.callbacks)
         self.last_evaluation: dict[str, float] | None = None
         self._saved_step = saved_step
-        self._first_step = state.step
-        self._evaluated_step: int | None = None
+        self._save_error: StorageError | None = None  # of the newest checkpoint that was tried
 
     def note(self, result: StepResult, *, seconds: float) -> None:
         """Brings the state up to the step just done, and writes its line."""
@@ -218,16 +238,20 @@ class _Run:
         self.log.step(line)
         self.job.trackers.log({key: value for key, value in line.items() if key != "step"}, step=result.step)
         self.progress.step(line)
-        if result.skipped:
-            warn(f"step {result.step} is skipped: its gradient is not finite (norm {result.grad_norm:.4g}, loss {result.loss:.4f})")
+        if result.fault is not None:
+            why = "its gradient is not finite" if result.fault == "non_finite" else "its loss is far above those before it"
+            warn(f"step {result.step} is skipped: {why} (norm {result.grad_norm:.4g}, loss {result.loss:.4f})")
 
     def evaluation_is_due(self) -> bool:
-        """By `evaluation.every`."""
-        return self.job.eval_batches is not None and self._due(self.job.evaluation.every, "evaluation.every")
+        """By `evaluation.every`, and after the last step, before that is saved: the checkpoint is to know what came of it."""
+        every, state = self.job.evaluation.every, self.state
+        if self.job.eval_batches is None or every is None or state.evaluated_step == state.step:
+            return False
+        return state.finished or self._due(every, "evaluation.every")
 
     def save_is_due(self) -> bool:
-        """By `save.every`."""
-        return self._due(self.job.save.every, "save.every")
+        """By `save.every` and `save.keep_every`."""
+        return self._due(self.job.save.every, "save.every") or self._due(self.job.save.keep_every, "save.keep_every")
 
     def evaluate(self) -> None:
         """Looks at the held-out data, and keeps a checkpoint of what is best so far. A signal cuts it short."""
@@ -236,19 +260,12 @@ class _Run:
             return
         self.events.on_eval_start(state)
         self.progress.status("evaluating")
-        metrics = evaluate(
-            job.policy,
-            job.objective,
-            job.eval_batches(),
-            backend=job.backend,
-            optimizer=job.optimizer,
-            cancelled=lambda: job.backend.world_size == 1 and self.signals.received is not None,
-        )
+        metrics = self._metrics()
         self.progress.status("training")
         state.evaluation_pending = metrics is None
         if metrics is None:
             return
-        self.last_evaluation, self._evaluated_step = metrics, state.step
+        self.last_evaluation, state.evaluated_step = metrics, state.step
         self.log.evaluation({"step": state.step, **metrics})
         job.trackers.log(metrics, step=state.step)
         quality = _QUALITY.get(next((key for key in _QUALITY if key in metrics), ""), "").format_map(metrics)
@@ -259,12 +276,30 @@ class _Run:
             self.save()
         self.events.on_eval_end(state, metrics)
 
+    def _metrics(self) -> dict[str, float] | None:
+        job = self.job
+        assert job.eval_batches is not None
+        while True:
+            try:
+                return evaluate(
+                    job.policy,
+                    job.objective,
+                    job.eval_batches(self.state.halvings),
+                    backend=job.backend,
+                    optimizer=job.optimizer,
+                    cancelled=lambda: job.backend.world_size == 1 and self.requests.received is not None,
+                )
+            except (RuntimeError, MemoryError) as error:
+                if not self.memory.evaluates_again(error):
+                    raise
+
     def save(self) -> None:
-        """Writes a checkpoint, unless this step has one, and deletes those that are not to be kept."""
+        """Begins to write a checkpoint, unless this step has one; those that are not to be kept go when it is there."""
         job, state = self.job, self.state
         if self._saved_step == state.step:
             return
         self.progress.status("saving")
+        self.log.sync()
         content = resume.capture(
             state=state,
             stepper=self.stepper,
@@ -272,49 +307,108 @@ class _Run:
             named_parameters=resume.weights_of(job.policy),
             backend=job.backend,
             identity=job.identity,
+            permanent=self._due(job.save.keep_every, "save.keep_every"),
         )
-        folder = job.checkpoints / f"step-{state.step:06d}"
-        if job.backend.is_main:
-            checkpoint.save(job.checkpoints, content)
-            checkpoint.prune(job.checkpoints, keep=job.save.keep, best=state.best_saved)
-        job.backend.barrier()
+        self.writer.write(content, best=state.best_saved)
         self._saved_step = state.step
         self.progress.status("training")
-        self.events.on_save(state, folder)
+        self._tell_written()
 
-    def stop_on_signal(self) -> None:
-        """Saves and raises Interrupted where any rank has got a signal."""
-        if not self.job.backend.any(self.signals.received is not None):
-            return
+    def _save_now(self) -> None:
+        """Returns when the checkpoint of this step is on the disk.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
         self.save()
+        self.writer.wait()
+        self._tell_written()
+        self.job.backend.barrier()
+        if self._save_error is not None:
+            raise self._save_error
+
+    def _tell_written(self) -> None:
+        """Says what became of the checkpoints that were being written."""
+        for written in self.writer.finished():
+            self._save_error = written.error
+            if written.error is None:
+                self.events.on_save(self.state, written.folder)
+                continue
+            self._saved_step = None if self._saved_step == written.step else self._saved_step
+            if not self.state.finished:
+                warn(f"{written.error}; training goes on, and the next checkpoint is tried when it is due")
+
+    def answer(self) -> None:
+        """Does what the outside asks for, of any rank: saves, or saves and raises Interrupted."""
+        self._tell_written()
+        asked = self.job.backend.union(self.requests.seen())
+        if not asked or self.state.finished:  # after the last step there is nothing to stop, and it is saved anyway
+            return
+        self._save_now()
+        self.requests.answered(asked)
+        if asked & Requests.SAVE:
+            self.progress.say(f"step {self.state.step}  saved, as {self.job.folder / 'SAVE'} asked")
+        if asked & Requests.STOP:
+            self._stop()
+
+    def _stop(self) -> None:
         rest = ", before its evaluation" if self.state.evaluation_pending else ""
         raise Interrupted(
             f"stopped after step {self.state.step} of {self.state.total}{rest}, with a checkpoint in {self.job.checkpoints}",
             hint="run the same command again to go on",
         )
 
+    def roll_back(self) -> None:
+        """Takes the weights and the optimiser's state of the newest checkpoint. The data goes on: what led here is not repeated.
+
+        Raises:
+            TrainingError: there is no checkpoint, or the run went back too often.
+        """
+        job, state = self.job, self.state
+        self.writer.wait()
+        self._tell_written()
+        folder = checkpoint.newest(job.checkpoints)
+        if folder is None or state.rollbacks >= job.recovery.rollbacks:
+            why = "there is no checkpoint yet" if folder is None else f"it has done so {job.recovery.rollbacks} times (recovery.rollbacks)"
+            raise TrainingError(
+                f"the run should go back to an older state at step {state.step}, and {why}",
+                hint="lower train.learning_rate, lengthen the warm-up, or use train.precision=float32",
+            )
+        self._take(folder)
+        self.stepper.calm_down()
+        state.rollbacks += 1
+        warn(f"the weights are those of {folder} again; the data goes on after step {state.step}")
+
     def finish(self) -> None:
         """The last evaluation and checkpoint; then the weights to keep."""
         job, state = self.job, self.state
         if state.stop is not None:
             info(f"stopped after step {state.step} of {state.total}: {state.stop}")
-        unseen = state.step > self._first_step and self._evaluated_step != state.step and not state.evaluation_pending
-        if job.evaluation.every is not None and unseen:
+        if not state.evaluation_pending and self.evaluation_is_due():
             self.evaluate()
         if state.evaluation_pending:  # cut short by a signal, and the weights to keep hang on it
-            self.stop_on_signal()
+            self._save_now()
+            self._stop()
         if job.save.every is not None:
-            self.save()
+            self._save_now()
         if job.save.best and state.best_saved is not None and state.best_saved != state.step:
-            self._take_best(job.checkpoints / f"step-{state.best_saved:06d}")
+            self._take_best(checkpoint.folder_of(job.checkpoints, state.best_saved))
         use_final_weights(job.optimizer)
         self.events.on_train_end(state)
 
     def _take_best(self, folder: Path) -> None:
+        try:
+            found = self._take(folder)
+        except CheckpointError as error:  # weeks of training are not lost over it
+            warn(f"{error}; the eval loss was lowest there, and the weights are those of the last step instead")
+            return
+        info(f"the weights are those of step {found.step}, where the eval loss was lowest ({self.state.best_loss:.4f})")
+
+    def _take(self, folder: Path) -> Checkpoint:
         found = checkpoint.load(folder)
         resume.restore_weights(found, resume.weights_of(self.job.policy), folder)
         self.job.optimizer.load_state_dict(found.optimizer)  # a schedule-free optimiser makes the final weights from its state
-        info(f"the weights are those of step {found.step}, where the eval loss was lowest ({self.state.best_loss:.4f})")
+        return found
 
     def _due(self, every: Duration | None, key: str) -> bool:
         source = self.job.source
@@ -331,7 +425,7 @@ def _begin(job: Job, state: State, stepper: Stepper) -> Path | None:
     folder = checkpoint.newest(job.checkpoints)
     if folder is None:
         return None
-    if not job.resume:
+    if job.resume == "never":
         raise CheckpointError(f"{job.folder} holds a run already, and resume is off", hint="choose another output folder, or resume: auto")
     resume.restore(
         folder,
@@ -341,7 +435,9 @@ def _begin(job: Job, state: State, stepper: Stepper) -> Path | None:
         named_parameters=resume.weights_of(job.policy),
         backend=job.backend,
         identity=job.identity,
+        force=job.resume == "force",
     )
+    state.stop = early_stop(state, job.evaluation)
     info(f"going on from {folder}: step {state.step} of {state.total}")
     return folder
 

@@ -5,21 +5,25 @@
     eval.jsonl      one line an evaluation: step, eval_loss, eval_tokens, eval_seconds, eval_perplexity (SFT), and the objective's own
     metrics.csv     both in one table, for spreadsheets
 
-tokens, trained_tokens and seconds are those of the step alone. A number that is not finite is null. A resumed run cuts the lines after its
-checkpoint, so the files look like those of a run that was never interrupted.
+tokens, trained_tokens and seconds are those of the step alone; `skipped` is 1 where the weights stayed as they
+were, and left out elsewhere. A number that is not finite is null. A resumed run cuts the lines after its checkpoint, so the files look like
+those of a run that was never interrupted.
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
+from burnish.core.errors import StorageError
+from burnish.core.log import counted, warn
 from burnish.engine.step import StepResult
 
 __all__ = ["MetricsLog", "read_lines", "step_line"]
@@ -32,19 +36,25 @@ class MetricsLog:
 
     Args:
         folder: The run folder.
-        after: Cut what is there after this step: 0 for a fresh run.
+        after: Cut the steps after this one: all of them where it is 0.
+        evaluated: Cut the evaluations after that of this step: all of them where it is None.
         active: False on ranks that do not write.
+
+    Raises:
+        StorageError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path, *, after: int = 0, active: bool = True) -> None:
+    def __init__(self, folder: Path, *, after: int = 0, evaluated: int | None = None, active: bool = True) -> None:
         self._folder = folder
-        self._steps: TextIO | None = None
-        self._evals: TextIO | None = None
+        self._steps: _Lines | None = None
+        self._evals: _Lines | None = None
         if active:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._steps = _continue(folder / "metrics.jsonl", after)
-            # An evaluation at step 0 belongs to a fresh run alone.
-            self._evals = _continue(folder / "eval.jsonl", after if after else -1)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._steps = _Lines(folder / "metrics.jsonl", after)
+                self._evals = _Lines(folder / "eval.jsonl", -1 if evaluated is None else evaluated)
+            except OSError as error:
+                raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from error
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -53,12 +63,20 @@ class MetricsLog:
         self.close()
 
     def step(self, line: Line) -> None:
-        """Adds the line of a step; it is in the file when this returns."""
-        _append(self._steps, line)
+        """Adds the line of a step; it is in the file when this returns, or the disk is full."""
+        if self._steps:
+            self._steps.append(line)
 
     def evaluation(self, line: Line) -> None:
         """Adds the line of an evaluation."""
-        _append(self._evals, line)
+        if self._evals:
+            self._evals.append(line)
+
+    def sync(self) -> None:
+        """Lines of before reach the disk: a checkpoint that is written after this never knows of steps that the files lack."""
+        if self._steps and self._evals:
+            self._steps.sync()
+            self._evals.sync()
 
     def close(self) -> None:
         """Closes the files and brings metrics.csv up to date."""
@@ -67,7 +85,10 @@ class MetricsLog:
         self._steps.close()
         self._evals.close()
         self._steps = self._evals = None
-        write_csv(self._folder)
+        try:
+            write_csv(self._folder)
+        except OSError as error:
+            warn(f"{self._folder / 'metrics.csv'} could not be written: {error.strerror or error}")
 
 
 def step_line(result: StepResult, seconds: float) -> Line:
@@ -82,6 +103,7 @@ def step_line(result: StepResult, seconds: float) -> Line:
         "seconds": round(seconds, 6),
         "tokens_per_second": round(result.tokens / seconds, 3) if seconds > 0 else None,
     }
+    line |= {"skipped": 1} if result.fault else {}
     return {**line, **{key: value for key, value in result.metrics.items() if key not in line}}
 
 
@@ -113,19 +135,68 @@ def write_csv(folder: Path) -> None:
     temporary.replace(folder / "metrics.csv")
 
 
-def _continue(path: Path, after: int) -> TextIO:
-    """The file with the lines up to step `after`, open at its end."""
-    kept = [line for line in read_lines(path) if line["step"] <= after]
-    temporary = path.with_name(f"{path.name}.unfinished")
-    temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
-    return path.open("a", encoding="utf-8")
+class _Lines:
+    """A .jsonl file that grows. What a full disk does not take waits in memory for the next line, and no line is ever cut in two.
 
+    Args:
+        path: The file. Lines after step `after` are cut from it.
+        after: The last step to keep.
+    """
 
-def _append(file: TextIO | None, line: Mapping[str, Any]) -> None:
-    if file is not None:
-        file.write(json.dumps({key: _number(value) for key, value in line.items()}, allow_nan=False) + "\n")
-        file.flush()
+    def __init__(self, path: Path, after: int) -> None:
+        self._path = path
+        self._waiting: list[bytes] = []
+        kept = [line for line in read_lines(path) if line["step"] <= after]
+        temporary = path.with_name(f"{path.name}.unfinished")
+        temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("r+b", buffering=0)
+        self._named = False
+        self._size = self._file.seek(0, os.SEEK_END)  # where the last whole line ends
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        text = json.dumps({key: _number(value) for key, value in line.items()}, allow_nan=False) + "\n"
+        self._waiting.append(text.encode())
+        try:
+            self._write()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                warn(f"{self._path} could not be written: {error.strerror or error}; its lines wait in memory")
+
+    def sync(self) -> None:
+        try:
+            self._write()
+            os.fsync(self._file.fileno())
+            if not self._named:  # the name in the folder, too
+                folder = os.open(self._path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+                self._named = True
+        except OSError as error:
+            warn(f"{self._path} could not be flushed to the disk: {error.strerror or error}")
+
+    def close(self) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            warn(f"{self._path} lacks its last {counted(len(self._waiting), 'line')}: {error.strerror or error}")
+        self._file.close()
+
+    def _write(self) -> None:
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file.close()
+            self._file = self._path.open("w+b", buffering=0)
+            self._size, self._named = 0, False
+            warn(f"{self._path} was deleted, and begins anew")
+        while self._waiting:
+            self._file.seek(self._size)
+            written = self._file.write(self._waiting[0])
+            if written < len(self._waiting[0]):
+                self._file.truncate(self._size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._size += written
+            del self._waiting[0]
 
 
 def _number(value: Any) -> Any:

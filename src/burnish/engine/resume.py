@@ -30,6 +30,7 @@ _MAY_CHANGE = (
     "resume",
     "track",
     "save",
+    "recovery",
     "evaluation",
     "parallel",
     "data.workers",
@@ -75,8 +76,9 @@ def capture(
     named_parameters: Mapping[str, torch.Tensor],
     backend: Backend,
     identity: Mapping[str, Any],
+    permanent: bool = False,
 ) -> Checkpoint:
-    """Everything a run is at this moment. All ranks take part, for their random states."""
+    """Everything a run is at this moment. All ranks take part, for their random states. A permanent checkpoint is never pruned."""
     structure, tensors = flatten({f"rank{rank}": one for rank, one in enumerate(backend.gather(rng.capture()))})
     return Checkpoint(
         step=state.step,
@@ -91,14 +93,21 @@ def capture(
             "identity": dict(identity),
             "world_size": backend.world_size,
             "versions": versions(),
+            "permanent": permanent,
         },
     )
 
 
-def refuse_another_run(root: Path, identity: Mapping[str, Any], total: int) -> None:
+def refuse_another_run(root: Path, identity: Mapping[str, Any], total: int, *, force: bool = False) -> None:
     """Makes sure, before anything is loaded or written, that the newest checkpoint under `root` is one of this run; if there is any.
 
     Damaged ones are for `restore` to judge.
+
+    Args:
+        root: The folder of the checkpoints.
+        identity: Of this run.
+        total: Its steps.
+        force: Say what is different, and let it be.
 
     Raises:
         CheckpointError: it belongs to a run with other settings or other data, or to one that is longer already.
@@ -108,7 +117,7 @@ def refuse_another_run(root: Path, identity: Mapping[str, Any], total: int) -> N
             trainer = checkpoint.trainer_of(folder)
         except CheckpointError:
             continue
-        _refuse_another_run(folder, trainer, identity)
+        _refuse_another_run(folder, trainer, identity, force=force)
         _refuse_a_longer_run(folder, trainer["state"]["step"], total)
         return
 
@@ -122,6 +131,7 @@ def restore(
     named_parameters: Mapping[str, torch.Tensor],
     backend: Backend,
     identity: Mapping[str, Any],
+    force: bool = False,
 ) -> None:
     """Puts a run back to where its checkpoint was taken.
 
@@ -130,7 +140,8 @@ def restore(
     """
     found = checkpoint.load(folder)
     trainer = found.trainer
-    _refuse_another_run(folder, trainer, identity)
+    if not force:  # or it has been said before anything was loaded
+        _refuse_another_run(folder, trainer, identity)
     _refuse_a_longer_run(folder, trainer["state"]["step"], state.total)
     restore_weights(found, named_parameters, folder)
     try:
@@ -138,7 +149,12 @@ def restore(
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} holds the state of another optimiser: {error}") from error
     stepper.restore(trainer["stepper"])
-    source.restore(trainer["source"])
+    try:
+        source.restore(trainer["source"])
+    except CheckpointError as error:
+        if not force:
+            raise
+        warn(f"{error}; it is read from its start")
     total = state.total
     for name, value in trainer["state"].items():
         setattr(state, name, value)
@@ -189,27 +205,33 @@ def _refuse_a_longer_run(folder: Path, step: int, total: int) -> None:
         )
 
 
-def _refuse_another_run(folder: Path, trainer: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _refuse_another_run(folder: Path, trainer: Mapping[str, Any], now: Mapping[str, Any], *, force: bool = False) -> None:
+    difference, what = _difference(trainer, now)
+    if not difference:
+        return
+    if force:
+        warn(f"{folder} belongs to a run with other {what}: {difference}; it goes on nevertheless, as resume: force says")
+        return
+    raise CheckpointError(
+        f"{folder} belongs to a run with other {what}: {difference}",
+        hint=f"put the {what} back to go on, choose another output folder, or go on nevertheless with resume: force",
+    )
+
+
+def _difference(trainer: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str]:
+    """(what is different, in words; "settings" or "data"); empty where nothing is."""
     then = trainer["identity"]
     # Another version of burnish may have settings that this one has not: then only those that both know are compared.
     strict = trainer["versions"].get("burnish") == versions()["burnish"]
     keys = then.keys() | now.keys() if strict else then.keys() & now.keys()
     changed = [key for key in sorted(keys) if then.get(key) != now.get(key)]
     if changed == [_FINGERPRINT]:
-        raise CheckpointError(
-            f"{folder} belongs to a run with other data: the rows have changed, or how they are turned into tokens ({_FINGERPRINT})",
-            hint="put the data back to go on, or choose another output folder",
-        )
-    if changed:
-        before, after = ({key: identity.get(key) for key in changed if key != _FINGERPRINT} for identity in (then, now))
-        before, after = _spread(before), _spread(after)
-        places = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-        shown = "; ".join(f"{key} was {before.get(key)!r}, now {after.get(key)!r}" for key in places[:_LISTED])
-        more = f" and {len(places) - _LISTED} more" if len(places) > _LISTED else ""
-        raise CheckpointError(
-            f"{folder} belongs to a run with other settings: {shown}{more}",
-            hint="put the settings back to go on, or choose another output folder",
-        )
+        return f"the rows have changed, or how they are turned into tokens ({_FINGERPRINT})", "data"
+    before, after = ({key: identity.get(key) for key in changed if key != _FINGERPRINT} for identity in (then, now))
+    before, after = _spread(before), _spread(after)
+    places = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    shown = "; ".join(f"{key} was {before.get(key)!r}, now {after.get(key)!r}" for key in places[:_LISTED])
+    return shown + (f" and {len(places) - _LISTED} more" if len(places) > _LISTED else ""), "settings"
 
 
 def _tell_changed_versions(then: Mapping[str, str]) -> None:

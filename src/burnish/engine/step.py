@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 
+from burnish.config.sections import Recovery
 from burnish.core.errors import ConfigError, TrainingError, Where
 from burnish.data.types import Batch
 from burnish.engine.backend import Backend
@@ -25,9 +26,13 @@ from burnish.engine.combined import InBackward, Witness, refuse_in_backward
 from burnish.engine.flat import FlatAdamW
 from burnish.engine.guard import GradientGuard
 from burnish.engine.optim import set_learning_rate
+from burnish.engine.spikes import Spikes
 from burnish.objectives.base import Loss, Objective, StepObjective
 
-__all__ = ["StepResult", "Stepper", "begin_step"]
+__all__ = ["StepResult", "Stepper", "begin_step", "is_out_of_memory"]
+
+
+Fault = Literal["non_finite", "spike"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +46,14 @@ class StepResult:
     tokens: int  # computed
     trained_tokens: int  # predictions with a loss
     examples: int
-    skipped: bool  # the gradient was not finite, and the weights stayed as they were
+    fault: Fault | None = None  # why the weights stayed as they were
     metrics: dict[str, float] = field(default_factory=dict[str, float])  # the objective's own, as means
+    roll_back: bool = False  # the run is to go back to an older state, see `Recovery`
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the weights stayed as they were."""
+        return self.fault is not None
 
 
 def begin_step(batches: Iterable[Batch], objective: Objective, policy: Any, backend: Backend) -> Iterable[Batch]:
@@ -65,7 +76,7 @@ class Stepper:
         named_parameters: The trained parameters by full name.
         learning_rate: The peak rate, and `multiplier` its share at a step (counted from 0).
         clip: Largest global gradient norm, or None.
-        patience: Steps in a row that may be skipped for a gradient that is not finite.
+        recovery: What to do about losses and gradients that are not finite, and about spikes.
     """
 
     def __init__(
@@ -77,7 +88,7 @@ class Stepper:
         learning_rate: float,
         multiplier: Callable[[int], float] = lambda step: 1.0,
         clip: float | None = 1.0,
-        patience: int = 5,
+        recovery: Recovery | None = None,
     ) -> None:
         self.backend = backend
         self.optimizer = optimizer
@@ -85,7 +96,8 @@ class Stepper:
         self.learning_rate = learning_rate
         self.multiplier = multiplier
         self.clip = clip
-        self.patience = patience
+        self.recovery = recovery or Recovery()
+        self.spikes = Spikes(self.recovery.spike) if self.recovery.spike else None
         self._witnesses: dict[str, Any] = {}
         if isinstance(optimizer, InBackward):
             self._refuse_what_needs_all_gradients()
@@ -120,24 +132,33 @@ class Stepper:
     def update(self) -> StepResult:
         """Clips, checks and applies the gradient, and starts the next step with none.
 
-        A gradient that is not finite never reaches the optimiser: the step is skipped and counted. There is one transfer from the device,
-        for what the log needs anyway.
+        A gradient that is not finite never reaches the optimiser, nor does a spike: the step is skipped and counted. There is one
+        transfer from the device, for what the log needs anyway.
 
         Raises:
-            TrainingError: micro-batches are missing, too many steps in a row were not finite, or trained parameters got no gradient
-                (see `engine.guard`).
+            TrainingError: micro-batches are missing, too many steps in a row were skipped or the first one was not to be, or trained
+                parameters got no gradient (see `engine.guard`), or memory ran out in the update.
         """
         scale = self.backend.loss_scale.scale if self.backend.loss_scale else 1.0
         norm, sums = self._sums.collect(self._gradient_norm(), self.backend)
         norm /= scale
         loss = self._mean_loss(sums.pop("loss", (0.0, 0.0)))
-        finite = math.isfinite(norm) and math.isfinite(loss)
+        fault = self._fault(loss, norm)
         multiplier = self.multiplier(self.step)
-        if finite:
-            self._apply(norm, scale, multiplier)
+        if fault is None:
+            try:
+                self._apply(norm, scale, multiplier)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise TrainingError(
+                    f"memory ran out in the update of step {self.step + 1}, which may be done by half",
+                    hint="choose an optimiser with a smaller state, such as adamw_8bit, or an adapter; the same command goes on from "
+                    "the newest checkpoint",
+                ) from error
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self._count_skips(finite, loss, norm)
+        roll_back = self._count_skips(fault, loss, norm)
         return StepResult(
             step=self.step,
             loss=loss,
@@ -146,9 +167,24 @@ class Stepper:
             tokens=int(sums["tokens"][0]),
             trained_tokens=int(sums["trained_tokens"][0]),
             examples=int(sums["examples"][0]),
-            skipped=not finite,
+            fault=fault,
+            roll_back=roll_back,
             metrics={key[7:]: amount / count for key, (amount, count) in sums.items() if key.startswith("metric.") and count},
         )
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a step can be given up before `update`: nothing has touched the weights by then."""
+        return not isinstance(self.optimizer, InBackward)
+
+    def abandon(self) -> None:
+        """Forgets the micro-batches that were accumulated, so that the step can begin again."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._sums = _Sums()
+
+    def calm_down(self) -> None:
+        """Forgets the steps that were skipped, after the run went back to an older state."""
+        self._skipped_in_a_row = 0
 
     def state(self) -> dict[str, Any]:
         """JSON-able: what a step remembers beyond the optimiser's own state."""
@@ -157,6 +193,7 @@ class Stepper:
             "step": self.step,
             "skipped": self.skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
+            **({"losses": self.spikes.state()} if self.spikes else {}),
             "loss_scale": [scale.scale, scale.good_steps] if scale else None,
         }
 
@@ -165,6 +202,8 @@ class Stepper:
         self.step = state["step"]
         self.skipped = state["skipped"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
+        if self.spikes:
+            self.spikes.restore(state.get("losses", []))
         if self.backend.loss_scale and state["loss_scale"]:
             self.backend.loss_scale.scale, self.backend.loss_scale.good_steps = state["loss_scale"]
 
@@ -235,24 +274,45 @@ class Stepper:
                     hint="set it to false",
                 )
 
-    def _count_skips(self, finite: bool, loss: float, norm: float) -> None:
+    def _fault(self, loss: float, norm: float) -> Fault | None:
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            return "non_finite"
+        if self.spikes is None:
+            return None
+        if self.spikes.is_one(loss):
+            return "spike"
+        self.spikes.add(loss)
+        return None
+
+    def _count_skips(self, fault: Fault | None, loss: float, norm: float) -> bool:
+        """Counts a step that was skipped; True where the run is to go back.
+
+        Raises:
+            TrainingError: the run is not to go on.
+        """
         scale = self.backend.loss_scale
         adapting = scale is not None and scale.scale > 1.0  # an overflow only means that the scale was too high
         if scale is not None:
-            scale.update(finite=finite)
-        if finite:
+            scale.update(finite=fault != "non_finite")
+        if fault is None:
             self._skipped_in_a_row = 0
-            return
+            return False
         self.skipped += 1
-        if adapting and math.isfinite(loss):
-            return
+        if fault == "non_finite" and adapting and math.isfinite(loss):
+            return False
         self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= self.patience:
+        action = self.recovery.non_finite if fault == "non_finite" or self.recovery.spike is None else self.recovery.spike.action
+        if action == "rollback":
+            return fault == "spike" or self._skipped_in_a_row >= self.recovery.patience
+        if action == "stop" or self._skipped_in_a_row >= self.recovery.patience:
+            what = "the gradient was not finite" if fault == "non_finite" else "the loss was far above those before"
+            count = self._skipped_in_a_row
             raise TrainingError(
-                f"the gradient was not finite for {self._skipped_in_a_row} steps in a row (step {self.step}: loss {loss}, "
-                f"gradient norm {norm}); the weights are those of step {self.step - self._skipped_in_a_row}",
+                f"{what} for {count} {'step' if count == 1 else 'steps'} in a row (step {self.step}: loss {loss}, "
+                f"gradient norm {norm}); the weights are those of step {self.step - count}",
                 hint="lower train.learning_rate, lengthen the warm-up, or use train.precision=float32",
             )
+        return False
 
 
 class _Sums:
@@ -287,3 +347,14 @@ class _Sums:
         self._tensors.append(amount.detach().float())
         before = self._host.get(key, (0.0, 0.0))
         self._host[key] = (before[0], before[1] + count)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the host has no memory left, in the words of torch and of its libraries."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
+
+
+_NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from burnish.core.errors import ModelError, Where
+from burnish.core.errors import StorageError, Where
 from burnish.models import adapters
 from burnish.models.quiet import quiet
 from burnish.models.score import as_classifier, judged_by, padding_of
@@ -38,7 +39,7 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path | st
         The folder.
 
     Raises:
-        ModelError: when the folder cannot be written.
+        StorageError: when the folder cannot be written.
     """
     inner: Any = model if isinstance(model, PreTrainedModel) or adapters.is_adapted(model) else model.model
     target = Path(folder)
@@ -90,18 +91,35 @@ def _edit(file: Path, **changes: str) -> None:
 
 @contextmanager
 def _replacing(folder: Path) -> Generator[Path]:
-    """A fresh folder that takes the place of `folder` when all went well, and vanishes otherwise."""
-    fresh, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    """A fresh folder that takes the place of `folder` when all went well and is on the disk, and vanishes otherwise."""
+    fresh, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
     try:
+        if old.exists() and not folder.exists():  # a process was killed between the two renames
+            old.rename(folder)
+        for leftover in (fresh, old):
+            shutil.rmtree(leftover, ignore_errors=True)
         fresh.mkdir(parents=True)
         yield fresh
+        for path in (*fresh.rglob("*"), fresh):
+            _flush(path)
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
-    except OSError as error:
+        _flush(folder.parent)
+    except (OSError, SafetensorError) as error:
         if old.exists() and not folder.exists():
             old.rename(folder)
-        raise ModelError(f"cannot write the model: {error}", where=Where(file=str(folder))) from error
+        raise StorageError(
+            f"the model cannot be written: {error}", where=Where(file=str(folder)), hint="free some space and run the command again"
+        ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

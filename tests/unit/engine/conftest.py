@@ -108,7 +108,7 @@ def build_job(folder: Path, *, precision: str = "float32", dropout: float = 0.0,
         evaluation=Evaluation.model_validate(evaluation),
         save=Save.model_validate(save),
         folder=folder,
-        eval_batches=(lambda: eval_batches(TinyExamples(9, seed=1), 40)) if held_out else None,
+        eval_batches=(lambda halvings: eval_batches(TinyExamples(9, seed=1), 40 >> halvings)) if held_out else None,
         **job_keys,
     )
 

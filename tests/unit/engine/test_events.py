@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from burnish.engine.events import Callback, Callbacks, Signals, State
+from burnish.engine.events import Callback, Callbacks, Requests, State
 
 SCRIPT = """
 import sys, time
@@ -73,7 +73,7 @@ def test_signals_outside_the_main_thread_are_left_alone():
     seen: list[object] = []
 
     def work() -> None:
-        with Signals() as signals:
+        with Requests(Path("no such folder")) as signals:
             seen.append((signals.received, signal.getsignal(signal.SIGINT)))
 
     thread = threading.Thread(target=work)

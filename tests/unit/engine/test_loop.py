@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from burnish.config.base import Duration
-from burnish.core.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from burnish.config.sections import Recovery
+from burnish.core.errors import CheckpointError, ConfigError, Interrupted, StorageError, TrainingError
 from burnish.engine import checkpoint, resume
 from burnish.engine.events import Callback, State
 from burnish.engine.loop import Job, due, train
@@ -93,7 +94,9 @@ def test_a_run_learns_and_writes_one_line_a_step(make_job: MakeJob):
 
 def test_the_events_come_in_the_documented_order(make_job: MakeJob):
     recorder = Recorder()
-    train(make_job(steps=2, evaluation={"every": "2st", "at_start": True}, save={"every": "1st"}, callbacks=[recorder]))
+    train(
+        make_job(steps=2, evaluation={"every": "2st", "at_start": True}, save={"every": "1st", "background": False}, callbacks=[recorder])
+    )
     assert recorder.events == [
         *("train_start", "eval_start", "eval_end"),
         *("step_start 0", "step_end 1", "save step-000001"),
@@ -203,7 +206,7 @@ def test_evaluation_is_one_mean_over_all_weight(make_job: MakeJob):
     assert job.eval_batches is not None
     job.policy.eval()
     amount = weight = 0.0
-    for batch in job.eval_batches():
+    for batch in job.eval_batches(0):
         for row in range(len(batch.rows)):  # one prediction at a time
             amount -= (batch.token_weights[row] * job.policy.logprobs(batch)[row]).item()
             weight += float(batch.token_weights[row])
@@ -238,8 +241,8 @@ class Script:
 
 def scripted(job: Job, losses: list[float]) -> Job:
     assert job.eval_batches is not None
-    one = next(iter(job.eval_batches()))
-    job.eval_batches = lambda: [one]
+    one = next(iter(job.eval_batches(0)))
+    job.eval_batches = lambda halvings: [one]
     job.objective = Script(job.objective, losses)
     return job
 
@@ -329,7 +332,7 @@ def test_a_checkpoint_of_another_model_is_refused(make_job: MakeJob):
 def test_a_folder_with_a_run_is_refused_without_resume(make_job: MakeJob):
     train(make_job())
     with pytest.raises(CheckpointError, match="holds a run already, and resume is off"):
-        train(make_job(resume=False))
+        train(make_job(resume="never"))
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one(make_job: MakeJob):
@@ -370,3 +373,169 @@ def test_when_things_are_due(every: str, steps: list[int]):
 def test_a_stream_has_no_half_epochs():
     with pytest.raises(ConfigError, match=r"'0\.5ep' never comes"):
         due(Duration.parse("0.5ep"), 1, steps_per_epoch=None, tokens_per_step=10, key="save.every")
+
+
+# What the outside asks for, and what goes wrong.
+
+
+class TouchAt(Callback):
+    """Makes a file in the run folder after a step."""
+
+    def __init__(self, step: int, file: Path) -> None:
+        self.step, self.file = step, file
+
+    def on_step_end(self, state: State, result: StepResult) -> None:
+        if result.step == self.step:
+            self.file.touch()
+
+
+class PoisonAt(Callback):
+    """Makes the weights bad before some steps: the loss of a step is huge, or no number."""
+
+    def __init__(self, job: Job, steps: set[int], factor: float) -> None:
+        self.policy, self.steps, self.factor = job.policy, steps, factor
+
+    def on_step_start(self, state: State) -> None:
+        if state.step + 1 in self.steps:
+            with torch.no_grad():
+                self.policy.model["lm_head"].weight.mul_(self.factor)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_every_polite_signal_saves_and_stops(make_job: MakeJob, number: signal.Signals):
+    job = make_job(callbacks=[SignalAt(3, number=number)])
+    with pytest.raises(Interrupted, match="stopped after step 3 of 10") as caught:
+        train(job)
+    assert caught.value.exit_code == 3 and saved_steps(job) == [3]
+
+
+def test_a_file_named_stop_saves_and_stops_and_is_gone(make_job: MakeJob):
+    job = make_job()
+    job.folder.mkdir()
+    (job.folder / "STOP").touch()  # left there before the run began: not meant for it
+    job.callbacks = [TouchAt(4, job.folder / "STOP")]
+    with pytest.raises(Interrupted, match="stopped after step 4 of 10"):
+        train(job)
+    assert saved_steps(job) == [4] and not (job.folder / "STOP").exists()
+
+
+def test_a_file_named_save_saves_and_goes_on(make_job: MakeJob, capsys: pytest.CaptureFixture[str]):
+    job = make_job(save={"every": None, "best": False})
+    job.callbacks = [TouchAt(4, job.folder / "SAVE")]
+    assert train(job).state.step == 10
+    assert saved_steps(job) == [4] and not (job.folder / "SAVE").exists()
+    assert "step 4  saved, as" in capsys.readouterr().err
+
+
+def test_checkpoints_that_stay_for_ever(make_job: MakeJob):
+    job = make_job(save={"every": "2st", "keep": 1, "keep_every": "3st", "best": False})
+    train(job)
+    assert saved_steps(job) == [3, 6, 9, 10]
+
+
+def test_a_full_disk_ends_no_run_but_the_last_save_must_succeed(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    real = checkpoint.save
+
+    def full(root: Path, content: checkpoint.Checkpoint) -> Path:
+        if content.step in bad:
+            raise StorageError(f"step {content.step} could not be written: no space") from OSError(28, "no space")
+        return real(root, content)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    bad = {4, 6}
+    job = make_job("first", save={"every": "2st", "best": False})
+    assert train(job).state.step == 10
+    assert saved_steps(job) == [8, 10]
+    said = capsys.readouterr().err
+    assert said.count("could not be written: no space; training goes on, and the next checkpoint is tried when it is due") == 2
+    bad = {10}
+    with pytest.raises(StorageError, match="step 10 could not be written") as caught:
+        train(make_job("second", save={"every": "2st", "best": False}))
+    assert caught.value.exit_code == 1
+
+
+SPIKE = {"sigma": 6.0, "window": 8}
+
+
+def test_a_spike_is_skipped_and_counted(make_job: MakeJob):
+    job = make_job(steps=20)
+    job.recovery = Recovery.model_validate({"spike": SPIKE})
+    job.callbacks = [PoisonAt(job, {15}, 1000.0), PoisonAt(job, {16}, 1 / 1000)]
+    outcome = train(job)
+    assert outcome.skipped == 1 and [line["step"] for line in lines(job) if line.get("skipped")] == [15]
+    assert lines(job)[15]["loss"] < lines(job)[14]["loss"] / 10
+
+
+def test_a_rollback_takes_the_newest_checkpoint_and_the_data_goes_on(make_job: MakeJob, capsys: pytest.CaptureFixture[str]):
+    job = make_job(steps=20, save={"every": "5st", "keep": 9, "best": False}, held_out=False)
+    job.recovery = Recovery.model_validate({"spike": {**SPIKE, "action": "rollback"}})
+    job.callbacks = [PoisonAt(job, {13}, 1000.0)]
+    outcome = train(job)
+    assert outcome.state.rollbacks == 1 and outcome.state.step == 20
+    assert "the weights are those of " in capsys.readouterr().err
+    again = checkpoint.load(job.checkpoints / "step-000010")
+    expected = make_job("expected", steps=20, save={"every": None}, held_out=False)
+    swap = SwapAt(expected, 13, again)
+    expected.callbacks = [swap]
+    train(expected)
+    for name, value in expected.policy.trainable().items():
+        assert torch.equal(value, job.policy.trainable()[name]), name
+
+
+class SwapAt(Callback):
+    """After a step, the weights and the optimiser's state of a checkpoint: what a rollback is, by hand."""
+
+    def __init__(self, job: Job, step: int, content: checkpoint.Checkpoint) -> None:
+        self.job, self.step, self.content = job, step, content
+
+    def on_step_end(self, state: State, result: StepResult) -> None:
+        if result.step == self.step:
+            resume.restore_weights(self.content, self.job.policy.trainable(), Path("none"))
+            self.job.optimizer.load_state_dict(self.content.optimizer)
+
+
+def test_a_run_that_goes_back_too_often_stops(make_job: MakeJob):
+    job = make_job(steps=30, save={"every": "5st", "best": False})
+    job.recovery = Recovery.model_validate({"spike": {**SPIKE, "action": "rollback"}, "rollbacks": 2})
+    job.callbacks = [PoisonAt(job, {13, 16, 19}, 1000.0)]
+    with pytest.raises(TrainingError, match=r"go back to an older state at step 19, and it has done so 2 times \(recovery.rollbacks\)"):
+        train(job)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(make_job: MakeJob):
+    job = make_job(steps=20, save={"every": None, "best": False})
+    job.recovery = Recovery.model_validate({"non_finite": "rollback", "patience": 2})
+    job.callbacks = [PoisonAt(job, {3}, math.nan)]
+    with pytest.raises(TrainingError, match="at step 4, and there is no checkpoint yet"):
+        train(job)
+
+
+def test_what_is_not_finite_for_long_is_rolled_back(make_job: MakeJob):
+    job = make_job(steps=12, save={"every": "2st", "best": False})
+    job.recovery = Recovery.model_validate({"non_finite": "rollback", "patience": 2})
+    job.callbacks = [PoisonAt(job, {7}, math.nan)]
+    outcome = train(job)
+    assert outcome.skipped == 2 and outcome.state.rollbacks == 1
+    assert [line["step"] for line in lines(job) if line["loss"] is None] == [7, 8]
+    assert all(torch.isfinite(value).all() for value in job.policy.trainable().values())
+
+
+def test_non_finite_can_stop_at_once(make_job: MakeJob):
+    job = make_job(save={"every": "2st", "best": False})
+    job.recovery = Recovery(non_finite="stop")
+    job.callbacks = [PoisonAt(job, {5}, math.nan)]
+    with pytest.raises(TrainingError, match="the gradient was not finite for 1 step in a row"):
+        train(job)
+    assert saved_steps(job) == [2, 4]
+
+
+def test_another_run_is_gone_on_with_by_force_and_said(make_job: MakeJob, capsys: pytest.CaptureFixture[str]):
+    train(make_job(steps=4, identity={"train.learning_rate": 0.1}))
+    other = make_job(steps=6, identity={"train.learning_rate": 0.2}, resume="force")
+    resume.refuse_another_run(other.checkpoints, other.identity, 6, force=True)
+    assert "train.learning_rate was 0.1, now 0.2; it goes on nevertheless, as resume: force says" in capsys.readouterr().err
+    assert train(other).state.step == 6
+    with pytest.raises(CheckpointError, match="belongs to a run with other settings"):
+        resume.refuse_another_run(other.checkpoints, {"train.learning_rate": 0.3}, 6)

@@ -10,7 +10,7 @@ from burnish.engine.step import StepResult
 
 
 def result(step: int, **changes: object) -> StepResult:
-    values = {"loss": 1.5, "grad_norm": 0.5, "learning_rate": 0.1, "tokens": 100, "trained_tokens": 60, "examples": 4, "skipped": False}
+    values = {"loss": 1.5, "grad_norm": 0.5, "learning_rate": 0.1, "tokens": 100, "trained_tokens": 60, "examples": 4, "fault": None}
     return StepResult(step=step, **{**values, **changes})  # pyright: ignore[reportArgumentType]
 
 
@@ -43,7 +43,7 @@ def test_a_resumed_run_cuts_what_comes_after_its_checkpoint(tmp_path: Path):
             log.evaluation({"step": step, "eval_loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # killed in the middle of a line
-    with MetricsLog(tmp_path, after=3) as log:
+    with MetricsLog(tmp_path, after=3, evaluated=3) as log:
         log.step(step_line(result(4, loss=7.0), seconds=0.5))
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert [line["step"] for line in read_lines(tmp_path / "eval.jsonl")] == [0, 1, 2, 3]

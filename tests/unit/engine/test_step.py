@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.engine.conftest import TinyExamples, TinyObjective, TinyPolicy
 
-from burnish.config.sections import Train
+from burnish.config.sections import Recovery, Train
 from burnish.core.errors import TrainingError
 from burnish.data.collate import collate
 from burnish.data.types import Batch, Example
@@ -168,7 +168,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_optimizer():
 
 def test_too_many_in_a_row_end_the_run():
     policy = TinyPolicy()
-    steps, objective = stepper(policy, patience=3), Poison({0, 2, 3, 4})
+    steps, objective = stepper(policy, recovery=Recovery(patience=3)), Poison({0, 2, 3, 4})
     (batch,) = batches([8])
     for _ in range(4):
         steps.accumulate(objective(policy, batch), batch)
@@ -181,7 +181,7 @@ def test_too_many_in_a_row_end_the_run():
 def test_overflow_in_float16_lowers_the_scale_and_does_not_count_against_the_run():
     policy, backend = TinyPolicy(), Backend(precision="float16", cpu=True)
     backend.loss_scale = LossScale(2.0**60)  # overflows until it has halved often enough
-    steps = stepper(policy, backend, patience=2)
+    steps = stepper(policy, backend, recovery=Recovery(patience=2))
     (batch,) = batches([8])
     results = []
     for _ in range(60):

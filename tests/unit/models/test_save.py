@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from burnish.config.sections import Adapter, Model
-from burnish.core.errors import ModelError
+from burnish.core.errors import StorageError
 from burnish.models import adapters
 from burnish.models import save as module
 from burnish.models.load import load_model
@@ -116,7 +116,7 @@ def test_failure_leaves_the_older_folder_and_no_litter(
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").write_text("kept")
     monkeypatch.setattr(module, "_save_tokenizer", fail)
-    with pytest.raises(ModelError if isinstance(error, OSError) else RuntimeError):
+    with pytest.raises(StorageError if isinstance(error, OSError) else RuntimeError):
         save_model(model, load_tokenizer(config), tmp_path / "model")
     assert (tmp_path / "model" / "old").read_text() == "kept"
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
@@ -124,5 +124,5 @@ def test_failure_leaves_the_older_folder_and_no_litter(
 
 def test_place_that_cannot_be_written(model: Any, config: Model, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ModelError, match="cannot write the model"):
+    with pytest.raises(StorageError, match="the model cannot be written"):
         save_model(model, load_tokenizer(config), tmp_path / "file" / "model")
