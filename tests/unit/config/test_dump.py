@@ -50,7 +50,7 @@ def test_it_does_so_from_another_folder(load: Load, folder: Path, monkeypatch: p
 
 def test_defaults_are_spelled_out(load: Load) -> None:
     plain = YAML(typ="safe", pure=True).load(dump_run(load().config))
-    assert plain["train"]["learning_rate"] == 2e-4 and plain["save"] == {"every": "1ep", "keep": 2, "best": True}
+    assert plain["train"]["learning_rate"] == 2e-4 and plain["save"] == {"every": "1ep", "keep": 2, "background": True, "best": True}
     assert "adapter" not in plain and "epochs" not in plain["train"]
 
 
