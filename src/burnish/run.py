@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -50,6 +50,8 @@ from burnish.engine.optim import build_optimizer
 from burnish.engine.report import write_report
 from burnish.engine.resume import identity_of, refuse_another_run
 from burnish.engine.step import Stepper, StepResult, begin_step
+from burnish.engine.together import agree, once_per_machine
+from burnish.engine.watchdog import Watchdog
 from burnish.models.activations import free_memory
 from burnish.models.locate import locate
 from burnish.models.policy import Policy
@@ -57,6 +59,7 @@ from burnish.models.save import save_model
 from burnish.models.tokenizer import load_tokenizer
 from burnish.objectives.base import Loss, Objective
 
+T = TypeVar("T")
 DEFAULT_BATCH_SIZE = 32
 FINISHED = "finished.json"  # in the run folder, of a run whose model is the outcome of all its steps
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -111,7 +114,14 @@ class Run:
     @cached_property
     def backend(self) -> Backend:
         """Devices and precision."""
-        return Backend(precision=self.config.train.precision, strategy=self.config.parallel.strategy)
+        parallel = self.config.parallel
+        return Backend(precision=self.config.train.precision, strategy=parallel.strategy, timeout=parallel.timeout)
+
+    @cached_property
+    def watchdog(self) -> Watchdog:
+        """Finds the rank that does not answer."""
+        backend = self.backend
+        return Watchdog(backend.rank, backend.world_size, timeout=self.config.parallel.timeout, folder=self.folder)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -131,7 +141,14 @@ class Run:
     @cached_property
     def data(self) -> Prepared:
         """The tokenised data and its account; of streamed data, which is not there yet, see `loader` and `held_out`."""
-        return prepare(self.config.data, self.renderer, seed=self.config.train.seed, kind=self.kind, base=self.base)
+        data = self._prepared(lambda: prepare(self.config.data, self.renderer, seed=self.config.train.seed, kind=self.kind, base=self.base))
+        parts = [data.train, *([data.eval] if data.eval is not None else [])]
+        agree(" ".join(f"{part.fingerprint}/{part.selection()}" for part in parts), what="the training rows", backend=self.backend)
+        return data
+
+    def _prepared(self, work: Callable[[], T]) -> T:
+        """Rows are tokenised once for each machine: the other ranks find them in the cache."""
+        return once_per_machine(work, what="prepare the data", backend=self.backend)
 
     @cached_property
     def held_out(self) -> Examples | None:
@@ -139,7 +156,7 @@ class Run:
         data = self.config.data
         if not data.streaming:
             return self.data.eval
-        held_out = prepare_eval(data, self.renderer, seed=self.config.train.seed, kind=self.kind, base=self.base)
+        held_out = self._prepared(lambda: prepare_eval(data, self.renderer, seed=self.config.train.seed, kind=self.kind, base=self.base))
         return held_out[0] if held_out else None
 
     @property
@@ -238,7 +255,8 @@ class Run:
             preflight.refuse_cut_steps(source.tokens_per_step / self.backend.world_size, self.micro_batch_tokens)
         cut = (self.micro_batch_tokens, self.backend.rank, self.backend.world_size)
         options = {"packing": self.config.data.packing, "mismatched": self._mismatched}
-        passes = partial(eval_batches, held_out, *cut, **options) if held_out is not None else None
+        counted = self.watchdog.counted
+        passes = (lambda: counted(eval_batches(held_out, *cut, **options))) if held_out is not None else None
         return loop.Job(
             policy=policy,
             objective=self.objective,
@@ -250,7 +268,7 @@ class Run:
             evaluation=self.config.evaluation,
             save=self.config.save,
             eval_batches=passes,
-            callbacks=[*self.callbacks, *self._moves],
+            callbacks=[*self.callbacks, *self._moves, self.watchdog],
             identity=self._identity,
             resume=self.config.resume == "auto",
         )
@@ -291,6 +309,13 @@ class Run:
         began = time.perf_counter()
         if not self.config.data.streaming:
             info(self.account.line())
+        self.watchdog.start()
+        try:
+            return self._train(began)
+        finally:
+            self.watchdog.stop()
+
+    def _train(self, began: float) -> loop.Outcome:
         job = self.job
         sets = () if self.config.data.streaming else (self.data.train, self.held_out)
         preflight.look_at_lengths(self.policy.model, sets, self.config.data.max_length)
