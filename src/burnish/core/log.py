@@ -27,7 +27,7 @@ class RankConsole(Console):
 console: Final = RankConsole(stderr=True, highlight=False, soft_wrap=True)
 
 LAUNCHER: Final = "BURNISH_LAUNCHER"
-"""The variable by which a rank knows burnish's own launcher: its process id."""
+"""The variable by which a rank knows burnish's own launcher: the pipe that ends with it."""
 
 _SAME_FOR_ALL = (ConfigError, DependencyError)
 

@@ -11,7 +11,6 @@ Each rank is a fresh `burnish train` with the variables that torchrun would set,
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
 import signal
@@ -24,7 +23,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import IO
 
 from burnish.config.sections import Parallel
@@ -35,8 +34,7 @@ from burnish.engine.rendezvous import Board, serve, verdict
 
 __all__ = ["adopt_slurm", "follow_launcher", "is_launched", "launch", "processes"]
 
-_STOPPED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_FORWARDED = (*_STOPPED, signal.SIGUSR1)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PATIENCE = {2: 20.0, 3: 300.0}
 """Seconds that the others have for ending as the first has: with the same complaint, or with the same checkpoint."""
 _TAIL = 40  # lines of a dead rank that are shown
@@ -189,7 +187,9 @@ class _Group:
     @contextmanager
     def signals(self) -> Iterator[None]:
         """Passes the signals that this process gets on to each rank, once each."""
-        before = {number: signal.signal(number, self._forward) for number in _FORWARDED}
+        # A hang-up that is ignored (nohup) stays ignored.
+        wanted = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT]
+        before = {number: signal.signal(number, self._forward) for number in wanted}
         try:
             yield
         finally:
@@ -198,12 +198,12 @@ class _Group:
 
     def run(self) -> int:
         """Starts the ranks and waits for their end; returns the exit code."""
-        with socket.socket() as listening:
+        with socket.socket() as listening, _Line() as line:
             listening.bind(("127.0.0.1", 0))
             listening.listen(self._count * 4)  # the ranks may call before the board is there
             try:
                 for number in range(self._count):
-                    self._ranks.append(self._start(number, listening.getsockname()[1]))
+                    self._ranks.append(self._start(number, listening.getsockname()[1], line.far_end))
                 board = serve(listening)
                 return self._settle(self._wait(board))
             finally:
@@ -213,11 +213,12 @@ class _Group:
                     rank.process.wait()
                     rank.close()
 
-    def _start(self, number: int, port: int) -> _Rank:
+    def _start(self, number: int, port: int, line: int) -> _Rank:
         loud = number == 0
         process = subprocess.Popen(
             [*_interpreter(), "-m", "burnish", *self._arguments],
-            env=_environment(number, self._count, port, self._attempt),
+            env=_environment(number, self._count, port, self._attempt, line),
+            pass_fds=(line,),
             stdin=subprocess.DEVNULL,
             stdout=None if loud else subprocess.PIPE,
             stderr=None if loud else subprocess.STDOUT,
@@ -267,11 +268,24 @@ class _Group:
         return 128 + self.signalled if self.signalled is not None else 1
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        if number in _STOPPED or self.signalled is None:
-            self.signalled = signal.Signals(number)
+        if number == signal.SIGHUP:  # the terminal is gone: what the ranks know is SIGTERM
+            number = signal.SIGTERM
+        self.signalled = signal.Signals(number)
         for rank in self._ranks:
             with suppress(ProcessLookupError):
                 rank.process.send_signal(number)
+
+
+class _Line:
+    """A pipe into which nobody writes: it ends for the ranks when this process does, however that happens."""
+
+    def __enter__(self) -> _Line:
+        self.far_end, self._near_end = os.pipe()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self.far_end)
+        os.close(self._near_end)
 
 
 def _obituary(group: _Group, folder: Path, *, last: bool) -> TrainingError:
@@ -290,7 +304,7 @@ def _obituary(group: _Group, folder: Path, *, last: bool) -> TrainingError:
     return TrainingError(text, hint=hint)
 
 
-def _environment(rank: int, count: int, port: int, attempt: int) -> dict[str, str]:
+def _environment(rank: int, count: int, port: int, attempt: int, line: int) -> dict[str, str]:
     """What torchrun would set, and how many threads a rank may use."""
     ours = {
         "RANK": rank,
@@ -302,7 +316,7 @@ def _environment(rank: int, count: int, port: int, attempt: int) -> dict[str, st
         "MASTER_PORT": port,
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the board is kept by the launcher, not by rank 0
         "TORCHELASTIC_RESTART_COUNT": attempt,
-        LAUNCHER: os.getpid(),
+        LAUNCHER: line,
     }
     environ = {**os.environ, **{key: str(value) for key, value in ours.items()}}
     environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
@@ -325,14 +339,15 @@ def _accelerators() -> int:
 
 
 def follow_launcher(environ: Mapping[str, str] = os.environ) -> None:
-    """Makes this rank stop, with a checkpoint, when its launcher is killed (Linux; elsewhere it goes on alone)."""
-    parent = environ.get(LAUNCHER)
-    if parent is None or sys.platform != "linux":
-        return
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() != int(parent):  # it was too late
-        os.kill(os.getpid(), signal.SIGTERM)
+    """Makes this rank stop, with a checkpoint, when its launcher is killed: then the pipe that both hold ends."""
+    line = environ.get(LAUNCHER)
+    if line is not None:
+        threading.Thread(target=_stop_at_the_end_of, args=(int(line),), daemon=True).start()
+
+
+def _stop_at_the_end_of(line: int) -> None:
+    os.read(line, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def adopt_slurm(environ: dict[str, str] | os._Environ[str] = os.environ) -> None:

@@ -24,23 +24,23 @@ VERDICT = "verdict"
 class Board(Protocol):
     """What a TCPStore can do, as far as it is used here. Values are written as text and read as bytes."""
 
-    def set(self, key: str, value: str) -> None:
+    def set(self, key: str, value: str, /) -> None:
         """Writes a note."""
         ...
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, /) -> bytes:
         """Reads a note, which must be there."""
         ...
 
-    def check(self, keys: list[str]) -> bool:
+    def check(self, keys: list[str], /) -> bool:
         """Whether all of the notes are there."""
         ...
 
-    def add(self, key: str, amount: int) -> int:
+    def add(self, key: str, amount: int, /) -> int:
         """Adds to a counter, which begins at 0, and returns it."""
         ...
 
-    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
         """Writes `desired` if the note is `expected` (empty: not there), and returns what it is then."""
         ...
 
@@ -55,7 +55,7 @@ def connect(environ: Mapping[str, str] = os.environ, *, timeout: float = 60.0) -
     Raises:
         RuntimeError: nobody answers there.
     """
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # torch exports it without saying so
 
     address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     store: Any = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False)
@@ -64,7 +64,7 @@ def connect(environ: Mapping[str, str] = os.environ, *, timeout: float = 60.0) -
 
 def serve(listening: socket.socket) -> Board:
     """Keeps the board for processes of this machine, on a socket that is bound already. It lives as long as what is returned."""
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # torch exports it without saying so
 
     address, port = listening.getsockname()
     # The store closes the descriptor that it is given.

@@ -236,10 +236,10 @@ def _place(frame: FrameType | None) -> str:
     while frame is not None:
         file = frame.f_code.co_filename
         if _COLLECTIVES in file:
-            collective = frame.f_code.co_name
+            collective = frame.f_code.co_name if frame.f_code.co_name != "wrapper" else collective  # torch's own, around each one
         elif collective or f"{os.sep}site-packages{os.sep}" not in file:
             shown = os.path.relpath(file, _PACKAGE) if file.startswith(_PACKAGE) else file
-            waits = f"waits in {collective}, " if collective and collective != "wrapper" else ""
+            waits = f"waits in {collective}, " if collective else ""
             return f"{waits}{shown}:{frame.f_lineno} in {frame.f_code.co_name}"
         frame = frame.f_back
     return "nowhere"
