@@ -4,10 +4,10 @@ The sources are plain C with OpenMP loops. They are compiled with -fopenmp but l
 to the library that torch itself has loaded: the loops then run on torch's threads, and no second pool spins beside them. Where torch
 has another kind of OpenMP (macOS, Windows) nothing is compiled.
 
-The result lies in `$XDG_CACHE_HOME/burnish/native` (by default `~/.cache/burnish/native`) under a name that hashes the sources, the
-flags, the compiler's version and the processor's features: a home folder shared by unlike machines holds one file for each. A file is
-written beside its place and renamed, and processes that want it at the same time let one of them build it. It is loaded only if it belongs to this user and nobody
-else may write it or its folder. Where no such folder can be had, the library is built for this process alone.
+The result lies in `$XDG_CACHE_HOME/burnish/native` (by default `~/.cache/burnish/native`) under a name that hashes the sources, the flags,
+the compiler's version and the processor's features: a home folder shared by unlike machines holds one file for each. A file is written
+beside its place and renamed, and processes that want it at the same time let one of them build it. It is loaded only if it belongs to this
+user and nobody else may write it or its folder. Where no such folder can be had, the library is built for this process alone.
 """
 
 from __future__ import annotations
