@@ -18,11 +18,11 @@ are found before weights are loaded, and everything before the run folder, so th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -49,6 +49,8 @@ from burnish.engine.folder import RunFolder
 from burnish.engine.optim import build_optimizer
 from burnish.engine.resume import identity_of, refuse_another_run
 from burnish.engine.step import Stepper, StepResult, begin_step
+from burnish.engine.together import agree, once_per_machine
+from burnish.engine.watchdog import Watchdog
 from burnish.models.activations import free_memory
 from burnish.models.locate import locate
 from burnish.models.policy import Policy
@@ -56,6 +58,7 @@ from burnish.models.save import save_model
 from burnish.models.tokenizer import load_tokenizer
 from burnish.objectives.base import Loss, Objective
 
+T = TypeVar("T")
 DEFAULT_BATCH_SIZE = 32
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 _ROOM = 0.85
@@ -109,7 +112,14 @@ class Run:
     @cached_property
     def backend(self) -> Backend:
         """Devices and precision."""
-        return Backend(precision=self.config.train.precision, strategy=self.config.parallel.strategy)
+        parallel = self.config.parallel
+        return Backend(precision=self.config.train.precision, strategy=parallel.strategy, timeout=parallel.timeout)
+
+    @cached_property
+    def watchdog(self) -> Watchdog:
+        """Finds the rank that does not answer."""
+        backend = self.backend
+        return Watchdog(backend.rank, backend.world_size, timeout=self.config.parallel.timeout, folder=self.folder)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -129,7 +139,14 @@ class Run:
     @cached_property
     def data(self) -> Prepared:
         """The tokenised data and its account; of streamed data, which is not there yet, see `loader` and `held_out`."""
-        return prepare(self.config.data, self.renderer, seed=self.config.train.seed, kind=self.kind, base=self.base)
+        data = self._prepared(lambda: prepare(self.config.data, self.renderer, seed=self.config.train.seed, kind=self.kind, base=self.base))
+        parts = [data.train, *([data.eval] if data.eval is not None else [])]
+        agree(" ".join(f"{part.fingerprint}/{part.selection()}" for part in parts), what="the training rows", backend=self.backend)
+        return data
+
+    def _prepared(self, work: Callable[[], T]) -> T:
+        """Rows are tokenised once for each machine: the other ranks find them in the cache."""
+        return once_per_machine(work, what="prepare the data", backend=self.backend)
 
     @cached_property
     def held_out(self) -> Examples | None:
@@ -137,7 +154,7 @@ class Run:
         data = self.config.data
         if not data.streaming:
             return self.data.eval
-        held_out = prepare_eval(data, self.renderer, seed=self.config.train.seed, kind=self.kind, base=self.base)
+        held_out = self._prepared(lambda: prepare_eval(data, self.renderer, seed=self.config.train.seed, kind=self.kind, base=self.base))
         return held_out[0] if held_out else None
 
     @property
@@ -253,7 +270,7 @@ class Run:
             save=self.config.save,
             recovery=self.config.recovery,
             eval_batches=passes,
-            callbacks=[*self.callbacks, *self._moves],
+            callbacks=[*self.callbacks, *self._moves, self.watchdog],
             identity=self._identity,
             resume=self.config.resume,
         )
@@ -261,7 +278,7 @@ class Run:
     def _eval_batches(self, held_out: ExampleSet, halvings: int) -> Iterator[Batch]:
         budget = max(1, self.micro_batch_tokens >> halvings)
         options = {"packing": self.config.data.packing, "mismatched": self._mismatched}
-        return eval_batches(held_out, budget, self.backend.rank, self.backend.world_size, **options)
+        return self.watchdog.counted(eval_batches(held_out, budget, self.backend.rank, self.backend.world_size, **options))
 
     @cached_property
     def _files(self) -> RunFolder:
@@ -304,6 +321,13 @@ class Run:
         began = time.perf_counter()
         if not self.config.data.streaming:
             info(self.account.line())
+        self.watchdog.start()
+        try:
+            return self._train(began)
+        finally:
+            self.watchdog.stop()
+
+    def _train(self, began: float) -> loop.Outcome:
         job = self.job
         sets = () if self.config.data.streaming else (self.data.train, self.held_out)
         preflight.look_at_lengths(self.policy.model, sets, self.config.data.max_length)

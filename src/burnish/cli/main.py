@@ -97,6 +97,23 @@ def chat(
 
 
 @app.command()
+def launch(
+    kind: Annotated[str, typer.Argument(metavar="slurm|ray|sky", help="What runs the machines.")],
+    file: RunFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Machines.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs of each machine; 0 trains on its CPUs.")] = 8,
+    gpu: Annotated[str, typer.Option("--gpu", help="Their name, for sky.")] = "H100",
+    time: Annotated[str, typer.Option("--time", help="Time limit, for slurm.")] = "24:00:00",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file instead of the screen.")] = None,
+) -> None:
+    """Write the file that starts a run on several machines."""
+    from burnish.cli.launch import main as command
+
+    command(kind, file, overrides or [], nodes=nodes, gpus=gpus, gpu=gpu, time=time, output=output)
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Print versions and devices, and what each optional part needs."""
     from burnish.cli.doctor import main as command

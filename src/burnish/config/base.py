@@ -21,6 +21,7 @@ from burnish.core.errors import did_you_mean
 Unit = Literal["ep", "st", "tok"]
 _SCALE = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _DURATION = re.compile(r"^\s*(?P<value>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(?P<scale>[kKMBT]?)(?P<unit>ep|st|tok)\s*$")
+_SECONDS = re.compile(r"^\s*(?P<value>\d+(?:\.\d+)?)\s*(?P<unit>s|m|h)\s*$")
 _AMOUNT = re.compile(r"^\s*(?P<value>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(?P<scale>[kKMBT]?)(?:tok)?\s*$")
 
 
@@ -98,6 +99,20 @@ def read_tokens(value: object) -> object:
     return round(float(match["value"]) * _SCALE[match["scale"]])
 
 
+def read_seconds(value: object) -> object:
+    """Turns `90s`, `30m` and `2h` into seconds; a bare number is seconds already.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    match = _SECONDS.match(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"expected a time like '90s', '30m' or '2h', found {value!r}")
+    return float(match["value"]) * {"s": 1, "m": 60, "h": 3600}[match["unit"]]
+
+
 def read_warmup(value: object) -> object:
     """Tells the three ways of writing a warm-up apart: a share below 1, a number of steps, a duration.
 
@@ -125,6 +140,17 @@ Tokens = Annotated[
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": _bare(_AMOUNT)}], "examples": ["1.5B"]}),
 ]
 """A number of tokens, which may be written with a scale: `1.5B`."""
+
+
+Seconds = Annotated[
+    float,
+    Field(gt=0),
+    BeforeValidator(read_seconds),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": _bare(_SECONDS)}], "examples": ["90s", "30m"]}
+    ),
+]
+"""A time in seconds, which may be written with its unit: `30m`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -305,6 +305,23 @@ def reference_can_be_had(run: RunConfig) -> str | None:
     return None
 
 
+@_check("parallel.processes", "parallel.strategy")
+def one_process_is_one(run: RunConfig) -> str | None:
+    """A strategy for one process has one."""
+    processes = run.parallel.processes
+    if run.parallel.strategy != "none" or processes in ("auto", 1):
+        return None
+    return f"parallel.strategy: none means one process, parallel.processes is {processes}; leave one of them out"
+
+
+@_check("parallel.restarts", "resume")
+def restarts_go_on(run: RunConfig) -> str | None:
+    """A second start finds what the first has saved."""
+    if not run.parallel.restarts or run.resume != "never":
+        return None
+    return "parallel.restarts goes on from the last checkpoint, which resume: never refuses; leave one of them out"
+
+
 @_check("objective.sync.mix", "adapter", "objective.sync", "objective")
 def matrices_do_not_mix(run: RunConfig) -> str | None:
     """A mix of two adapters' matrices is not the adapter of the mixed weights."""
@@ -408,6 +425,8 @@ CHECKS = (
     answers_stay_whole,
     prompts_are_not_compared,
     reference_can_be_had,
+    one_process_is_one,
+    restarts_go_on,
     matrices_do_not_mix,
     stream_counts_no_epochs,
     every_loss_has_a_weight,

@@ -16,6 +16,7 @@ from burnish.config.base import (
     Location,
     LongForm,
     OneOrMany,
+    Seconds,
     Strict,
     Tokens,
     read_warmup,
@@ -277,6 +278,13 @@ class Parallel(Strict):
 
     strategy: Literal["auto", "none", "ddp"] = "auto"
     """How the work is shared out. `auto`: one device alone, several by data parallelism."""
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Processes that `burnish train` starts on this machine. `auto`: one for each accelerator, one where there is none.
+    Under torchrun, accelerate launch or srun the launcher decides."""
+    restarts: int = Field(default=0, ge=0)
+    """How often the processes are started again by themselves, from the last checkpoint, after one of them has died."""
+    timeout: Seconds = 1800.0
+    """How long the processes wait for one that does not answer (`90s`, `30m`, `2h`) before the run ends and names it."""
 
 
 class Save(Strict):

@@ -13,6 +13,7 @@
     │   └── StorageError        exit code 1: a checkpoint or model cannot be written
     ├── TrainingError           the run cannot go on: non-finite loss, a parameter without gradient
     ├── DependencyError         an optional package is needed and not installed
+    ├── Elsewhere               another rank has failed and said why; exit code as there
     └── Interrupted             exit code 3: stopped by a signal, checkpoint saved
 
 A message is one sentence that names the place (file, line, row, key), what was found, and what was expected. A `hint` says what to do.
@@ -139,6 +140,14 @@ class TrainingError(BurnishError):
 
 class DependencyError(BurnishError):
     """An optional package is needed and not installed."""
+
+
+class Elsewhere(BurnishError):
+    """Another rank has failed and said why. Ends this one with the same exit code, and is not printed."""
+
+    def __init__(self, message: str, *, exit_code: int = 2, where: Where | None = None, hint: str | None = None) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.exit_code = exit_code
 
 
 class Interrupted(BurnishError):

@@ -2,6 +2,7 @@
 
 Under several processes only rank 0 speaks. An error of another rank is still printed, with its rank, because it may be the only one; but
 what is wrong with the run file or the installation is the same for all processes of a machine, and the first of them says it for all.
+Under burnish's own launcher every rank says all, and the launcher shows what is needed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Final
 from rich.console import Console
 from rich.text import Text
 
-from burnish.core.errors import BurnishError, ConfigError, DependencyError
+from burnish.core.errors import BurnishError, ConfigError, DependencyError, Elsewhere
 
 
 class RankConsole(Console):
@@ -24,6 +25,9 @@ class RankConsole(Console):
 
 
 console: Final = RankConsole(stderr=True, highlight=False, soft_wrap=True)
+
+LAUNCHER: Final = "BURNISH_LAUNCHER"
+"""The variable by which a rank knows burnish's own launcher: the pipe that ends with it."""
 
 _SAME_FOR_ALL = (ConfigError, DependencyError)
 
@@ -67,21 +71,33 @@ def busy(text: str, *, spinner: bool = True) -> Generator[None]:
 
 def print_error(error: BurnishError) -> None:
     """Prints an error's message, then its hint on a line of its own. No traceback: such an error is the input's fault."""
-    if isinstance(error, _SAME_FOR_ALL) and not _first_of_machine():
+    if isinstance(error, Elsewhere) or (isinstance(error, _SAME_FOR_ALL) and not _heard()):
         return
     prefix = f"[rank {console.rank}] error: " if console.rank else "error: "
-    silent, console.quiet = console.quiet, False
-    try:
+    with _aloud():
         console.print(Text.assemble((prefix, "bold red"), str(error)))
         if error.hint:
             console.print(Text.assemble(("hint: ", "cyan"), error.hint))
+
+
+def notice(text: str) -> None:
+    """Prints a line of whichever rank this is."""
+    with _aloud():
+        info(text)
+
+
+@contextmanager
+def _aloud() -> Generator[None]:
+    silent, console.quiet = console.quiet, False
+    try:
+        yield
     finally:
         console.quiet = silent
 
 
-def _first_of_machine() -> bool:
-    """Whether a launcher (torchrun, accelerate launch) started this process as the first one of its machine, or there is no launcher."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+def _heard() -> bool:
+    """Whether this process is the first of its machine, or speaks to burnish's own launcher, which listens to all."""
+    return LAUNCHER in os.environ or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
 if os.environ.get("WORLD_SIZE", "1") != "1":  # the launcher's word, until the processes have found each other

@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,18 +40,21 @@ class Backend:
         precision: Type of the matrix products; `auto` is bfloat16 where the device computes it fast, else float32.
         strategy: `auto`, `none` or `ddp`.
         cpu: Stay on the CPU even where there is an accelerator.
+        timeout: `parallel.timeout`: seconds after which the watchdog ends a run that hangs. A collective itself gives up later.
 
     Raises:
         ConfigError: the device lacks the precision, or the strategy is not built.
         TrainingError: a launcher started several processes and they do not see each other.
     """
 
-    def __init__(self, *, precision: Precision = "auto", strategy: str = "auto", cpu: bool = False) -> None:
+    def __init__(self, *, precision: Precision = "auto", strategy: str = "auto", cpu: bool = False, timeout: float = 1800.0) -> None:
         if strategy not in ("auto", "none", "ddp"):
             raise ConfigError(f"'{strategy}' is not available yet, expected auto, none or ddp", where=Where(field="parallel.strategy"))
         # What the launcher promised. On CPUs accelerate forms a group only when told that CPUs are meant.
         asked = int(os.environ.get("WORLD_SIZE", "1"))
-        state = PartialState(cpu=cpu or not _has_accelerator())
+        # A rank may rightly wait for long, while another one saves; who hangs is found by engine/watchdog.py, not by this time-out.
+        patience = {"timeout": timedelta(seconds=4 * timeout + 60)} if asked > 1 else {}
+        state = PartialState(cpu=cpu or not _has_accelerator(), **patience)
         self.device = torch.device(state.device or "cpu")
         self.rank: int = state.process_index
         self.world_size: int = state.num_processes

@@ -4,10 +4,10 @@ The sources are plain C with OpenMP loops. They are compiled with -fopenmp but l
 to the library that torch itself has loaded: the loops then run on torch's threads, and no second pool spins beside them. Where torch
 has another kind of OpenMP (macOS, Windows) nothing is compiled.
 
-The result lies in `$XDG_CACHE_HOME/burnish/native` (by default `~/.cache/burnish/native`) under a name that hashes the sources, the
-flags, the compiler's version and the processor's features: a home folder shared by unlike machines holds one file for each. A file is
-written beside its place and renamed, so several processes may build at once. It is loaded only if it belongs to this user and nobody
-else may write it or its folder. Where no such folder can be had, the library is built for this process alone.
+The result lies in `$XDG_CACHE_HOME/burnish/native` (by default `~/.cache/burnish/native`) under a name that hashes the sources, the flags,
+the compiler's version and the processor's features: a home folder shared by unlike machines holds one file for each. A file is written
+beside its place and renamed, and processes that want it at the same time let one of them build it. It is loaded only if it belongs to this
+user and nobody else may write it or its folder. Where no such folder can be had, the library is built for this process alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
 import torch
 
 FLAGS = (
@@ -59,7 +60,9 @@ def load() -> ctypes.CDLL:
                 return _open(file)
             except OSError:
                 file.unlink(missing_ok=True)  # torn or of another system: built again
-        compile_library(compiler, file)
+        with _turn(file):
+            if not _is_ours(file):
+                compile_library(compiler, file)
         try:
             return _open(file)
         except OSError as error:
@@ -168,6 +171,20 @@ def _folder() -> Generator[Path]:
         raise BuildError(f"there is no folder to compile the C kernels in ({error})") from error
     with scratch as name:
         yield Path(name)
+
+
+@contextmanager
+def _turn(file: Path) -> Generator[None]:
+    """Waits while another process builds the same file; where locks do not work, several build it, and each is whole."""
+    lock = filelock.FileLock(f"{file}.lock", timeout=_TIMEOUT)
+    try:
+        lock.acquire()
+    except (OSError, filelock.Timeout, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_ours(file: Path) -> bool:
