@@ -12,7 +12,7 @@ A fault names a point (`at`), which time that the point is reached it begins (`n
                                                     whose description matches `match`; writing is cut after half of the bytes
 
 What is done there: `kill` (SIGKILL), `powercut` (the same, and what was not flushed to the disk is lost), `signal:SIGTERM`, `errno:ENOSPC`,
-`oom`, `nan` (backward), `spike` (forward), `sleep`, `raise`, `clock` (the time of day jumps ten years back), `vanish` (the run folder is moved
+`limit:150000` (no file may grow beyond; -1: as it was), `fill`, `unfill` (the run folder's disk), `oom`, `nan` (backward), `spike` (forward), `sleep`, `raise`, `clock` (the time of day jumps ten years back), `vanish` (the run folder is moved
 away), `note` (a line in the file `points`).
 """
 
@@ -89,6 +89,9 @@ class Injector:
             "sleep": lambda: time.sleep(float(argument or 3600)),
             "clock": _jump,
             "vanish": lambda: os.rename("run", "run.moved"),
+            "limit": lambda: _limit(int(argument)),
+            "fill": _fill,
+            "unfill": lambda: os.remove(FILLER),
             "note": lambda: _append("points", f"{point} {detail}"),
         }
         if kind in actions:
@@ -120,6 +123,26 @@ _BELOW = f"{os.sep}run{os.sep}"
 def _append(path: str, line: str) -> None:
     with open(path, "a") as file:
         file.write(f"{line}\n")
+
+
+FILLER = "run/filler"
+
+
+def _limit(size: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size if size >= 0 else hard, hard))
+
+
+def _fill() -> None:
+    """Until not a byte is free."""
+    with open(FILLER, "wb", buffering=0) as file:
+        for size in (65536, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
 
 
 def _jump() -> None:

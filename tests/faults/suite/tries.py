@@ -5,12 +5,17 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.faults.suite.processes import Server
 from tests.faults.suite.project import SHARED, Finished, Project, build, prepare
+
+
+HALF = {"at": "step", "step": 10}
+"""Where half a run ends: steps 8 and 9 have checkpoints, and step 10 has begun."""
 
 
 class NotBuilt(Exception):
@@ -24,6 +29,8 @@ class Survived:
     lost: int = 0
     equal: bool | None = None
     note: str = ""
+    count: int | None = None
+    """How many faults there were, where that is not known beforehand."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Lab:
     server: Server
     _numbers: Iterable[int] = field(default_factory=lambda: iter(range(10**6)))
     _references: dict[str, Finished] = field(default_factory=dict)
-    _templates: dict[str, Project] = field(default_factory=dict)
+    projects: dict[str, Project] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _locks: dict[str, threading.Lock] = field(default_factory=dict)
 
@@ -94,26 +101,27 @@ class Lab:
     def reference(self, kind: str = "lora", *overrides: str) -> Finished:
         """What the same run leaves when nobody disturbs it; made once, by the plain command."""
         key = f"{kind} {overrides}"
-        with self._once(key):
+        with self.once(key):
             if key not in self._references:
                 project = self.project(kind, *overrides)
                 project.train().expect(0)
                 self._references[key] = project.finished()
             return self._references[key]
 
-    def half(self, kind: str = "lora", *overrides: str, step: int = 9) -> Project:
-        """A project whose run was killed in step `step + 1`, in a folder of its own; trained once, then copied."""
-        key = f"half {kind} {overrides} {step}"
-        with self._once(key):
-            if key not in self._templates:
+    def half(self, kind: str = "lora", *overrides: str, fault: Mapping[str, Any] = HALF) -> Project:
+        """A project whose run was killed on its way, in a folder of its own; trained once, then copied."""
+        key = f"half {kind} {overrides} {sorted(fault.items())}"
+        with self.once(key):
+            if key not in self.projects:
                 project = self.project(kind, *overrides)
-                project.train({"at": "step", "step": step + 1, "do": "kill"}).expect(-9)
-                self._templates[key] = project
+                project.train({**fault, "do": "kill"}).expect(-9)
+                self.projects[key] = project
         with self._lock:
             number = next(iter(self._numbers))
-        return self._templates[key].copy(self.folder / f"try-{number:04d}")
+        return self.projects[key].copy(self.folder / f"try-{number:04d}")
 
-    def _once(self, key: str) -> threading.Lock:
+    def once(self, key: str) -> threading.Lock:
+        """For what is made once and used by several tries."""
         with self._lock:
             return self._locks.setdefault(key, threading.Lock())
 
@@ -133,4 +141,4 @@ def attempt(one: Try, lab: Lab) -> Result:
     except Exception:
         said = traceback.format_exc()
     equal = outcome.equal if survived else False
-    return Result(one.fault, one.name, one.count, survived, equal, outcome.lost, said, round(time.monotonic() - began, 1), built)
+    return Result(one.fault, one.name, outcome.count or one.count, survived, equal, outcome.lost, said, round(time.monotonic() - began, 1), built)
