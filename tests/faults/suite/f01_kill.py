@@ -15,17 +15,18 @@ PHASES = {"load": 1, "step": 20, "update": 14, "evaluate": 5, "save": 6, "prune"
 """How often each is reached at least; those that are reached a few times are met at the last one."""
 OPERATIONS = 30
 """More than a save and the deletion of an old checkpoint take."""
-KILLS_IN_A_ROW = 4
+CHAINS, KILLS_IN_A_ROW = 13, 4
 LIFE = 9.0  # seconds of a whole run with its start; a little more, so that some kills come at its very end
 
 
-def tries(seed: int = 0, *, chains: int = 13, short: bool = False) -> Iterator[Try]:
+def tries(seed: int = 0, *, short: bool = False) -> Iterator[Try]:
     """Kills at drawn instants of the plain command, in chains; kills at drawn places of every phase; kills at every operation of a save."""
     draw = random.Random(seed)
     kinds = list(KINDS)
-    for number in range(chains):
+    for number in range(0 if short else CHAINS):
         kind, instants = kinds[number % len(kinds)], [draw.random() for _ in range(KILLS_IN_A_ROW)]
-        yield Try("F1", f"{kind}: kill -9 at {KILLS_IN_A_ROW} drawn instants", lambda lab, k=kind, i=instants: at_instants(lab, k, i), KILLS_IN_A_ROW)
+        name = f"{kind}: kill -9 of the plain command, chain {number + 1}"
+        yield Try("F1", name, lambda lab, k=kind, i=instants: at_instants(lab, k, i), KILLS_IN_A_ROW)
     for number, (phase, last) in enumerate(PHASES.items()):
         for kind in kinds[number % 4 : number % 4 + 1] if short else kinds:
             occurrence, delay = last if last < 6 else draw.randint(1, last), draw.random() * 0.02

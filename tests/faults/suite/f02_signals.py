@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
 from collections.abc import Iterator
 
@@ -17,15 +16,14 @@ PLACES = (("load", 1), ("step", 1), ("step", 9), ("update", 5), ("evaluate", 2),
 INTERRUPTED = 3
 
 
-def tries(seed: int = 0, *, short: bool = False) -> Iterator[Try]:
+def tries(_seed: int = 0, *, short: bool = False) -> Iterator[Try]:
     """Every signal in every phase; once, twice; with files; to one rank of two."""
-    draw = random.Random(seed)
     kinds = list(KINDS)
     for number, (phase, occurrence) in enumerate(PLACES):
-        for name in [draw.choice(SIGNALS)] if short else SIGNALS:
+        for name in [SIGNALS[number % 3]] if short else SIGNALS:
             kind = kinds[number % len(kinds)]
             yield Try("F2", f"{kind}: {name} in {phase} {occurrence}", lambda lab, k=kind, p=phase, n=occurrence, s=name: once(lab, k, p, n, s))
-    for phase, occurrence in (("step", 5), ("save", 3), ("evaluate", 2)):
+    for phase, occurrence in (("save", 3),) if short else (("step", 5), ("save", 3), ("evaluate", 2)):
         for name in SIGNALS[:1] if short else SIGNALS:
             yield Try("F2", f"{name} twice, the second in {phase} {occurrence}", lambda lab, p=phase, n=occurrence, s=name: twice(lab, p, n, s))
     yield Try("F2", "a file STOP", stop_file)

@@ -20,19 +20,19 @@ def tries(seed: int = 0, *, short: bool = False) -> Iterator[Try]:
     """Chains over every step, with signals and with kills; 1 and 2 processes; every kind of changed setting."""
     draw = random.Random(seed)
     kinds = list(KINDS)
-    for kind in kinds[:1] if short else kinds:
+    for kind in [] if short else kinds:
         yield Try("F6", f"{kind}: stopped in every step in turn", lambda lab, k=kind: every_step(lab, k), STEPS - 1)
     for kind in kinds[1:2] if short else kinds:
-        micro = [draw.randint(1, 3) for _ in range(4 if short else STEPS)]
+        micro = [draw.randint(1, 3) for _ in range(3 if short else STEPS)]
         yield Try("F6", f"{kind}: killed in a drawn micro-batch of every second step", lambda lab, k=kind, m=micro: micro_batches(lab, k, m), len(micro))
-    for kind in kinds[:1] if short else kinds:
+    for kind in [] if short else kinds:
         yield Try("F6", f"{kind}: batch_tokens, killed at the end of an epoch", lambda lab, k=kind: packed(lab, k))
     if not short:
         yield Try("F7", "1, then 2, then 1 processes", lambda lab: worlds(lab, "lora", (1, 2, 1), "ddp"))
         yield Try("F7", "2, then 1, then 2 processes, whole model", lambda lab: worlds(lab, "full", (2, 1, 2), "ddp"))
         yield Try("F7", "2 fully sharded, then 1, then 2 fully sharded", lambda lab: worlds(lab, "full", (2, 1, 2), "fsdp"))
         yield Try("F7", "2 and 2 processes, with dropout: bit-equal", same_world)
-    for key, before, now, words in CHANGES[:4] if short else CHANGES:
+    for key, before, now, words in CHANGES[:3] if short else CHANGES:
         yield Try("F8", f"{key} changed", lambda lab, k=key, b=before, n=now, w=words: changed(lab, k, b, n, w))
     yield Try("F8", "rows changed", rows)
     yield Try("F8", "tokenizer changed", tokenizer)

@@ -128,7 +128,9 @@ class Project:
 
     def copy(self, folder: Path) -> Project:
         """The same in another folder; the model and the rows are where they were, as the checkpoints remember."""
-        shutil.copytree(self.folder, folder, symlinks=True)
+        shutil.copytree(self.folder, folder)
+        settings = folder / "run" / "run.yaml"
+        settings.write_text(settings.read_text().replace(str(self.folder), str(folder)))
         return Project(folder, self.overrides, self.server)
 
     def picture(self) -> dict[str, str]:
