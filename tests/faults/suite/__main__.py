@@ -17,7 +17,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-
 from tests.faults.suite.processes import Server
 from tests.faults.suite.tries import Lab, Result, Try, attempt
 
@@ -102,7 +101,8 @@ def run(chosen: list[Try], folder: Path, seed: int, jobs: int) -> list[Result]:
     server = Server()
     lab = Lab(folder, seed, server)
     results: list[Result] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[failed]}"))
+    texts = [TextColumn("{task.description}"), TextColumn("{task.fields[failed]}")]
+    columns = (texts[0], BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), texts[1])
     try:
         with Progress(*columns, console=Console(stderr=True)) as progress, ThreadPoolExecutor(jobs) as pool:
             task = progress.add_task("faults", total=len(chosen), failed="")

@@ -3,17 +3,26 @@
     python driver.py '[{"at": "save", "number": 2, "do": "kill"}]' train run.yaml
     python driver.py --serve                    processes with everything imported, started on request
 
-A fault names a point (`at`), which time that the point is reached it begins (`number`, from 1) and for how many times it goes on (`times`,
-0: for ever); or the optimiser step (`step`, from 1); it may be for one `rank` only, and for one process only (`once`, a file to remember it).
+A fault names a point (`at`), which time that the point is reached it begins (`number`, from 1) and for how many times it goes on
+(`times`, 0: for ever); or the optimiser step (`step`, from 1; `after`: from then on). It may be for one `rank` only, and for one process
+only (`once`, a file to remember it).
 
     load, evaluate, save, prune, export, report     these are about to begin
-    step, forward, backward, optimizer, update      a micro-batch, its loss, the gradient of a weight in its middle; the optimiser; the whole
-    file                                            an operation on a file below a folder `run`: open, write, fsync, rename, remove, mkdir ...
-                                                    whose description matches `match`; writing is cut after half of the bytes
+    step, forward, backward, optimizer, update      a micro-batch, its loss, the gradient of a weight in its middle; the optimiser; all
+    file                                            an operation on a file below a folder `run` (open, write, fsync, rename, remove, mkdir)
+                                                    whose description matches `match`; writing is cut off after half of the bytes
 
-What is done there: `kill` (SIGKILL), `powercut` (the same, and what was not flushed to the disk is lost), `signal:SIGTERM`, `errno:ENOSPC`,
-`limit:150000` (no file may grow beyond; -1: as it was), `fill`, `unfill` (the run folder's disk), `oom`, `nan` (backward), `spike` (forward), `sleep`, `raise`, `clock` (the time of day jumps ten years back), `vanish` (the run folder is moved
-away), `note` (a line in the file `points`).
+What is done there:
+
+    kill, powercut          SIGKILL; the same, and what was not flushed to the disk is lost
+    signal:SIGTERM          to this process
+    errno:ENOSPC, oom       raised
+    raise, sleep:3600       an error; nothing for so many seconds
+    nan, spike              the gradient (of `backward`); a loss a thousand times as high (of `forward`)
+    limit:150000            no file may grow beyond; -1: as it was
+    fill, unfill            not a byte is free on the run folder's disk
+    clock, vanish           the time of day jumps ten years back; the run folder is moved away
+    note                    a line in the file `points`
 """
 
 from __future__ import annotations
@@ -56,7 +65,7 @@ class Injector:
         if self._busy:
             return None
         for fault in self.faults:
-            if fault["at"] != point or (pattern := fault.get("match")) and not re.search(pattern, detail):
+            if fault["at"] != point or not re.search(fault.get("match", ""), detail):
                 continue
             if self.step < fault.get("after", 0) or fault.get("step", self.step) != self.step:
                 continue

@@ -30,7 +30,11 @@ def tries(seed: int = 0, *, short: bool = False) -> Iterator[Try]:
     for number, (phase, last) in enumerate(PHASES.items()):
         for kind in kinds[number % 4 : number % 4 + 1] if short else kinds:
             occurrence, delay = last if last < 6 else draw.randint(1, last), draw.random() * 0.02
-            yield Try("F1", f"{kind}: kill -9 in {phase} {occurrence}", lambda lab, k=kind, p=phase, n=occurrence, d=delay: in_phase(lab, k, p, n, d))
+            yield Try(
+                "F1",
+                f"{kind}: kill -9 in {phase} {occurrence}",
+                lambda lab, k=kind, p=phase, n=occurrence, d=delay: in_phase(lab, k, p, n, d),
+            )
     operations = sorted(draw.sample(range(1, OPERATIONS + 1), 5 if short else OPERATIONS))
     for how, what in (("kill", "kill -9"), ("powercut", "power cut")):
         for n in operations:

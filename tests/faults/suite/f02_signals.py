@@ -22,10 +22,14 @@ def tries(_seed: int = 0, *, short: bool = False) -> Iterator[Try]:
     for number, (phase, occurrence) in enumerate(PLACES):
         for name in [SIGNALS[number % 3]] if short else SIGNALS:
             kind = kinds[number % len(kinds)]
-            yield Try("F2", f"{kind}: {name} in {phase} {occurrence}", lambda lab, k=kind, p=phase, n=occurrence, s=name: once(lab, k, p, n, s))
+            yield Try(
+                "F2", f"{kind}: {name} in {phase} {occurrence}", lambda lab, k=kind, p=phase, n=occurrence, s=name: once(lab, k, p, n, s)
+            )
     for phase, occurrence in (("save", 3),) if short else (("step", 5), ("save", 3), ("evaluate", 2)):
         for name in SIGNALS[:1] if short else SIGNALS:
-            yield Try("F2", f"{name} twice, the second in {phase} {occurrence}", lambda lab, p=phase, n=occurrence, s=name: twice(lab, p, n, s))
+            yield Try(
+                "F2", f"{name} twice, the second in {phase} {occurrence}", lambda lab, p=phase, n=occurrence, s=name: twice(lab, p, n, s)
+            )
     yield Try("F2", "a file STOP", stop_file)
     yield Try("F2", "a file SAVE", save_file)
     if not short:
@@ -52,8 +56,9 @@ def twice(lab: Lab, phase: str, occurrence: int, name: str) -> Survived:
     lab.reference("lora")
     project = lab.project("lora")
     step = {"step": 5, "save": 5, "evaluate": 5}[phase]
-    first = {"at": "step", "step": step, "do": f"signal:{name}"}
-    ended = project.train(first, {"at": phase, "number": occurrence, "do": f"signal:{name}"}, {"at": "step", "step": step, "number": 2, "do": f"signal:{name}"})
+    send = f"signal:{name}"
+    first, more = ({"at": "step", "step": step, "number": number, "do": send} for number in (1, 2))
+    ended = project.train(first, {"at": phase, "number": occurrence, "do": send}, more)
     assert ended.code != 0, "it went on after the second signal"
     assert "Traceback" not in ended.said, ended.said[-1500:]
     return gone_on(project, lab, "lora", before=project.steps_logged)

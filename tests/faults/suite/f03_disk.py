@@ -41,7 +41,12 @@ def tries(seed: int = 0, *, short: bool = False) -> Iterator[Try]:
         yield Try("F3", "the cache does not fit (RLIMIT_FSIZE)", cache)
         yield Try("F3", "a tmpfs is full for a while", lambda lab: tmpfs(lab, frees=True))
         yield Try("F3", "a tmpfs is full to the end", lambda lab: tmpfs(lab, frees=False))
-        for name, pattern in (("metrics.jsonl", r"open .*metrics\.jsonl"), ("run.yaml", r"open .*run\.yaml"), ("the model", r"\.model\.new"), ("the report", r"report\.html")):
+        for name, pattern in (
+            ("metrics.jsonl", r"open .*metrics\.jsonl"),
+            ("run.yaml", r"open .*run\.yaml"),
+            ("the model", r"\.model\.new"),
+            ("the report", r"report\.html"),
+        ):
             yield Try("F3", f"ENOSPC at {name}", lambda lab, p=pattern: elsewhere(lab, "ENOSPC", p))
             yield Try("F16", f"EROFS at {name}", lambda lab, p=pattern: elsewhere(lab, "EROFS", p))
         yield Try("F16", "EIO in every save", lambda lab: refused(lab, "EIO"))
@@ -166,5 +171,3 @@ def _then(project: Project, lab: Lab, kind: str, *, resumes: int | None) -> Surv
     project.finished().assert_equal(lab.reference(kind))
     project.assert_tidy()
     return Survived(lost=max(0, before - (resumed_from(ended.said) or 0)) if "already finished" not in ended.said else 0, equal=True)
-
-

@@ -24,7 +24,9 @@ def tries(seed: int = 0, *, short: bool = False) -> Iterator[Try]:
         places = [draw.random() for _ in range(1 if short else 4)]
         for place in places:
             bit = draw.randrange(8)
-            yield Try("F4", f"a bit flipped in {name} at {place:.0%}", lambda lab, n=name, p=place, b=bit: spoiled(lab, _named(n), flip(n, p, b)))
+            yield Try(
+                "F4", f"a bit flipped in {name} at {place:.0%}", lambda lab, n=name, p=place, b=bit: spoiled(lab, _named(n), flip(n, p, b))
+            )
     yield Try("F4", "every bit of manifest.json, one at a time", every_bit)
     yield Try("F4", "the step in manifest.json changed", lambda lab: spoiled(lab, "", _other_step))
     yield Try("F4", "a bit flipped in the best checkpoint, which is exported at the end", best)
@@ -38,10 +40,18 @@ def tries(seed: int = 0, *, short: bool = False) -> Iterator[Try]:
     for name in FILES:
         for kind, spoil in [draw.choice(list(kinds.items()))] if short else kinds.items():
             yield Try("F5", f"{name} is {kind}", lambda lab, n=name, s=spoil: spoiled(lab, _named(n), lambda folder: s(folder / n)))
-    for kind, change in (("of the checkpoint before", _manifest_before), ("without an entry", _shorter_manifest), ("of another format", _other_format)):
+    for kind, change in (
+        ("of the checkpoint before", _manifest_before),
+        ("without an entry", _shorter_manifest),
+        ("of another format", _other_format),
+    ):
         yield Try("F5", f"a manifest {kind}", lambda lab, c=change: spoiled(lab, "", c))
     yield Try("F5", "an empty folder in its place", lambda lab: spoiled(lab, "", _emptied))
-    for kind, change in (("file", _extra), ("file under the name of a checkpoint", _file_as_folder), ("half-written checkpoint", _unfinished)):
+    for kind, change in (
+        ("file", _extra),
+        ("file under the name of a checkpoint", _file_as_folder),
+        ("half-written checkpoint", _unfinished),
+    ):
         yield Try("F5", f"an extra {kind}", lambda lab, c=change: harmless(lab, c))
     yield Try("F5", "every checkpoint is damaged", all_of_them)
     yield Try("F18", "no optimiser state in the newest checkpoint", lambda lab: spoiled(lab, "optimizer", _without_optimizer))

@@ -37,7 +37,11 @@ def tries(seed: int = 0, *, short: bool = False) -> Iterator[Try]:
         for kind in kinds[:1] if short else kinds:
             times = draw.choice((1, 2))
             number = draw.randint(1, 2)
-            yield Try("F11", f"{kind}: out of memory in {place}, {times} x", lambda lab, k=kind, p=place, n=number, t=times: halved(lab, k, p, n, t))
+            yield Try(
+                "F11",
+                f"{kind}: out of memory in {place}, {times} x",
+                lambda lab, k=kind, p=place, n=number, t=times: halved(lab, k, p, n, t),
+            )
     yield Try("F11", "out_of_memory: stop", lambda lab: stops(lab, "recovery.out_of_memory=stop", "forward", "oom"))
     yield Try("F11", "no memory for a single example", no_memory_at_all)
     yield Try("F11", "killed after halving, gone on with", memory_then_kill)
@@ -97,12 +101,13 @@ def stops(lab: Lab, policy: str, place: str, what: str, *, number: int = 1) -> S
 
 
 def rolled_back(lab: Lab, policy: Sequence[str], place: str, what: str) -> Survived:
-    """Back to the weights of the last checkpoint, said; what comes is the same in two such runs, one of them killed; each step is there once."""
+    """Back to the weights of the last checkpoint, said; what comes is the same in two such runs, one of them killed."""
     projects = [lab.project("lora") for _ in range(2)]
     overrides = _recover(*policy)
     fault = {"at": place, "step": 11, "do": what}
     for project, more in zip(projects, ([], [{"at": "step", "step": 13, "do": "kill"}]), strict=True):
-        project.train(fault, *more, overrides=overrides).expect(-signal.SIGKILL if more else 0).expect_said("weights", "step-000010", "step 11")
+        ended = project.train(fault, *more, overrides=overrides).expect(-signal.SIGKILL if more else 0)
+        ended.expect_said("weights", "step-000010", "step 11")
     projects[1].train(fault, overrides=overrides).expect(0)
     first, second = (project.finished() for project in projects)
     second.assert_equal(first)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 
-from tests.faults.suite.processes import driven, start, torchrun
+from tests.faults.suite.processes import Started, driven, start, torchrun
 from tests.faults.suite.project import STEPS, Project, read_lines
 from tests.faults.suite.tries import Lab, NotBuilt, Survived, Try
 
 FAILED = 1
-TIMEOUT = 'parallel.timeout=10s'
+TIMEOUT = "parallel.timeout=10s"
 
 
 def tries(seed: int = 0, *, short: bool = False) -> Iterator[Try]:
@@ -52,7 +53,8 @@ def _two(lab: Lab) -> Project:
 def hangs(lab: Lab, place: str, *, rank: int = 1) -> Survived:
     """Found within the time-out, named, ended; the same command goes on."""
     project = _launched(lab, TIMEOUT)
-    fault = {"at": place, **({} if place == "load" else {"after": 5}), "rank": rank, "do": "sleep:3600", "once": str(project.folder / "slept")}
+    after = {} if place == "load" else {"after": 5}
+    fault = {"at": place, **after, "rank": rank, "do": "sleep:3600", "once": str(project.folder / "slept")}
     ended = _plain(project, fault).wait(150)
     assert ended.code == FAILED, f"exit code {ended.code}: {ended.said[-1500:]}"
     ended.expect_said(f"rank {rank}")
@@ -107,10 +109,8 @@ def dies(lab: Lab, how: str, *, place: str = "step", rank: int = 1) -> Survived:
     return _ends_as_two(lab, project)
 
 
-def _plain(project: Project, fault: dict[str, object]):  # noqa: ANN202
+def _plain(project: Project, fault: dict[str, object]) -> Started:
     """The command that launches by itself, with a driver in place of `-m burnish` in the ranks."""
-    import sys
-
     return start([sys.executable, *driven([fault], "train", "run.yaml", *project.overrides)], project.folder)
 
 
@@ -140,5 +140,3 @@ def _ranks(project: Project) -> str:
 
 def _alive(project: Project) -> bool:
     return bool(_ranks(project))
-
-

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 
 from safetensors import safe_open
-
 from tests.faults.suite.f01_kill import gone_on
 from tests.faults.suite.f04_damage import flip
 from tests.faults.suite.processes import ROOT, environment
@@ -23,7 +22,7 @@ REFUSED = 2
 
 
 def tries(seed: int = 0, *, short: bool = False) -> Iterator[Try]:
-    """Deleting that fails or is cut off; a damaged checkpoint that is newer than what is saved; time stamps, clocks, widths; locks; sizes."""
+    """Deleting that fails or is cut off; damage to what is newer than what is saved; time stamps, clocks, widths; locks; sizes."""
     draw = random.Random(seed)
     for what, pattern in (("renamed", r"rename .*/step-"), ("emptied", r"remove .*/\.discarded"), ("removed", r"rmdir .*/\.discarded")):
         yield Try("F14", f"an old checkpoint cannot be {what}", lambda lab, p=pattern: undeletable(lab, p))
@@ -120,8 +119,8 @@ def widths(lab: Lab) -> Survived:
     for folder, number in zip(project.checkpoints[-2:], (999999, 1000000), strict=True):
         shutil.copytree(folder, root / f"step-{number}")
     assert [path.name for path in folders(root)][-2:] == ["step-999999", "step-1000000"]
-    found = newest(root)
-    assert found is not None and found.name in ("step-1000000", "step-000009"), found  # a name that contradicts what is inside may be refused
+    found = newest(root)  # a name that contradicts what is inside may be refused
+    assert found is not None and found.name in ("step-1000000", "step-000009"), found
     return Survived()
 
 

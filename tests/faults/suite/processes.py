@@ -137,8 +137,8 @@ def start(words: Sequence[str], folder: Path, more: Mapping[str, str] | None = N
 class Server:
     """Starts training processes from one that has imported burnish already: a second each instead of six.
 
-    What it starts is `burnish.cli.main` in a process of its own, with a driver's faults. (Python's hash seed is the server's, so sets are in
-    the same order in all of them: rows that must not hang on that start the plain command.)
+    What it starts is `burnish.cli.main` in a process of its own, with a driver's faults. (Python's hash seed is the server's, so sets are
+    in the same order in all of them: tries that must not hang on that start the plain command.)
     """
 
     def __init__(self) -> None:
@@ -158,12 +158,19 @@ class Server:
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
-    def start(self, words: Sequence[str], folder: Path, faults: Sequence[Mapping[str, Any]], *, limits: Mapping[str, int] | None = None) -> Started:
+    def start(
+        self, words: Sequence[str], folder: Path, faults: Sequence[Mapping[str, Any]], *, limits: Mapping[str, int] | None = None
+    ) -> Started:
         """Starts `burnish WORDS` in `folder`; `limits` are those of `resource.setrlimit`."""
         number = next(_count)
         output = folder / f"output-{number}.txt"
         asked = {
-            "number": number, "words": list(words), "folder": str(folder), "faults": list(faults), "output": str(output), "limits": limits or {}
+            "number": number,
+            "words": list(words),
+            "folder": str(folder),
+            "faults": list(faults),
+            "output": str(output),
+            "limits": limits or {},
         }
         assert self._process.stdin is not None
         with self._changed:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-
 from tests.faults.suite.processes import Ended, Server, Started, command, start
 
 STEPS = 14
@@ -32,10 +31,15 @@ KINDS = {
     "lora": {"rows": "chats.jsonl", "rate": 0.01, "precision": "float32", "more": _LORA},
     "full": {"rows": "chats.jsonl", "rate": 0.001, "precision": "bfloat16", "more": ""},
     "dpo": {"rows": "pairs.jsonl", "rate": 0.01, "precision": "bfloat16", "more": f"{_LORA}\nobjective: dpo"},
-    "dpo-full": {"rows": "pairs.jsonl", "rate": 0.001, "precision": "float32", "more": "objective: {kind: dpo, sync: {every: 3st, mix: 0.5}}"},
+    "dpo-full": {
+        "rows": "pairs.jsonl",
+        "rate": 0.001,
+        "precision": "float32",
+        "more": "objective: {kind: dpo, sync: {every: 3st, mix: 0.5}}",
+    },
 }
-"""Adapter with dropout, whole model; SFT, DPO, DPO with a reference that moves; float32 and bfloat16. 32 examples in steps of 7, packed into
-several micro-batches: steps that cross an epoch, and a last one in each epoch that is smaller."""
+"""Adapter with dropout, whole model; SFT, DPO, DPO with a reference that moves; float32 and bfloat16. 32 examples in steps of 7, packed
+into several micro-batches: an epoch has a last step that is smaller."""
 
 SHARED = "shared"
 EXACT = ("train.batch_size=8", "adapter.dropout=0")
@@ -94,7 +98,7 @@ class Project:
     def checkpoints(self) -> list[Path]:
         """Those under a good name, oldest first."""
         root = self.run / "checkpoints"
-        return sorted((path for path in root.iterdir() if path.name.startswith("step-")), key=lambda p: int(p.name[5:])) if root.is_dir() else []
+        return sorted(root.glob("step-*"), key=lambda path: int(path.name[5:]))
 
     @property
     def steps_logged(self) -> int:
@@ -139,7 +143,8 @@ class Project:
 
     def assert_tidy(self) -> None:
         """Nothing half-done is left lying about after a run that ended well."""
-        left = [str(path.relative_to(self.run)) for path in self.run.rglob("*") if re.search(r"unfinished|discarded|replaced|\.tmp", path.name)]
+        half = re.compile(r"unfinished|discarded|replaced|\.new-")
+        left = [str(path.relative_to(self.run)) for path in self.run.rglob("*") if half.search(path.name)]
         assert not left, f"left behind: {left}"
 
 
@@ -168,7 +173,11 @@ def prepare(folder: Path) -> None:
         for n in range(40)
     ]
     pairs = [
-        {"prompt": f"the user asks {n} ", "chosen": f"the assistant answers {n} " * (1 + n % 3), "rejected": f"in full sentences {n} " * (1 + n % 2)}
+        {
+            "prompt": f"the user asks {n} ",
+            "chosen": f"the assistant answers {n} " * (1 + n % 3),
+            "rejected": f"in full sentences {n} " * (1 + n % 2),
+        }
         for n in range(40)
     ]
     for name, rows in (("chats.jsonl", chats), ("pairs.jsonl", pairs)):
@@ -195,7 +204,7 @@ def digests(file: Path) -> dict[str, str]:
     with safe_open(file, "pt") as tensors:
         return {
             name: hashlib.sha256(tensors.get_tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-            for name in tensors.keys()  # noqa: SIM118  # no mapping
+            for name in tensors.keys()  # no mapping
         }
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from tests.faults.suite.processes import Server
 from tests.faults.suite.project import SHARED, Finished, Project, build, prepare
 
-
 HALF = {"at": "step", "step": 10}
 """Where half a run ends: steps 8 and 9 have checkpoints, and step 10 has begun."""
 
@@ -48,6 +47,9 @@ class Try:
     name: str
     run: Callable[[Lab], Survived]
     count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.fault}: {self.name}"
 
 
 @dataclass(frozen=True)
@@ -141,4 +143,11 @@ def attempt(one: Try, lab: Lab) -> Result:
     except Exception:
         said = traceback.format_exc()
     equal = outcome.equal if survived else False
-    return Result(one.fault, one.name, outcome.count or one.count, survived, equal, outcome.lost, said, round(time.monotonic() - began, 1), built)
+    return Result(
+        one.fault, one.name, outcome.count or one.count, survived, equal, outcome.lost, said, round(time.monotonic() - began, 1), built
+    )
+
+
+def pick(*modules: Any) -> list[Try]:
+    """The tries of the default test run: a few of each fault that these modules have."""
+    return [one for module in modules for one in module.tries(short=True)]
