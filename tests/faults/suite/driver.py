@@ -225,31 +225,37 @@ def _patch_files() -> None:
     os.fsync, tensors.save_file = flush, save
 
 
-def _before(owner: Any, name: str, point: str) -> None:
-    """`owner.name` reaches `point` before it begins."""
-    original = getattr(owner, name)
+def _before(module: str, name: str, point: str) -> None:
+    """The function reaches `point` before it begins, under whatever name burnish's modules have imported it."""
+    original = getattr(sys.modules[module], name)
 
     def wrapped(*arguments: Any, **options: Any) -> Any:
         INJECTOR.reach(point)
         return original(*arguments, **options)
 
-    setattr(owner, name, wrapped)
+    _replace(original, wrapped)
+
+
+def _replace(original: Any, replacement: Any) -> None:
+    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "burnish"]:
+        for name in [name for name, value in vars(module).items() if value is original]:
+            setattr(module, name, replacement)
 
 
 def _patch_training() -> None:
-    import burnish.run
-    from burnish.engine import checkpoint, loop
+    import burnish.run  # noqa: F401  # and with it all that trains
+    from burnish.build import build_objective
     from burnish.engine.step import Stepper
 
-    for owner, name, point in (
-        (burnish.run, "build_policy", "load"),
-        (loop, "evaluate", "evaluate"),
-        (checkpoint, "save", "save"),
-        (checkpoint, "prune", "prune"),
-        (burnish.run, "save_model", "export"),
-        (burnish.run, "write_report", "report"),
+    for module, name, point in (
+        ("burnish.build", "build_policy", "load"),
+        ("burnish.engine.evaluation", "evaluate", "evaluate"),
+        ("burnish.engine.checkpoint", "save", "save"),
+        ("burnish.engine.checkpoint", "prune", "prune"),
+        ("burnish.models.save", "save_model", "export"),
+        ("burnish.engine.report", "write_report", "report"),
     ):
-        _before(owner, name, point)
+        _before(module, name, point)
 
     initialise, accumulate, update = Stepper.__init__, Stepper.accumulate, Stepper.update
 
@@ -273,12 +279,11 @@ def _patch_training() -> None:
         return update(self)
 
     Stepper.__init__, Stepper.accumulate, Stepper.update = begin, add, finish
-    build = burnish.run.build_objective
 
     def objective(*rest: Any, **more: Any) -> Any:
         import torch
 
-        made = build(*rest, **more)
+        made = build_objective(*rest, **more)
         kind, call = type(made), type(made).__call__
 
         def loss(self: Any, policy: Any, batch: Any) -> Any:
@@ -290,7 +295,7 @@ def _patch_training() -> None:
         kind.__call__ = loss
         return made
 
-    burnish.run.build_objective = objective
+    _replace(build_objective, objective)
 
 
 def _reaching(original: Callable[..., Any], point: str) -> Callable[..., Any]:
