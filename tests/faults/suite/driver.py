@@ -2,6 +2,7 @@
 
     python driver.py '[{"at": "save", "number": 2, "do": "kill"}]' train run.yaml
     python driver.py --serve                    processes with everything imported, started on request
+    site/sitecustomize.py                       into ranks that burnish starts by itself
 
 A fault names a point (`at`), which time that the point is reached it begins (`number`, from 1) and for how many times it goes on
 (`times`, 0: for ever); or the optimiser step (`step`, from 1; `after`: from then on). It may be for one `rank` only, and for one process
@@ -138,7 +139,6 @@ FILLER = "run/filler"
 
 
 def _limit(size: int) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (size if size >= 0 else hard, hard))
 
@@ -243,6 +243,7 @@ def _replace(original: Any, replacement: Any) -> None:
 
 
 def _patch_training() -> None:
+    import burnish.cli.train
     import burnish.run  # noqa: F401  # and with it all that trains
     from burnish.build import build_objective
     from burnish.engine.step import Stepper
@@ -306,10 +307,17 @@ def _reaching(original: Callable[..., Any], point: str) -> Callable[..., Any]:
     return wrapped
 
 
-def _command(words: Sequence[str], faults: Sequence[Mapping[str, Any]]) -> None:
+def install(faults: Sequence[Mapping[str, Any]]) -> None:
+    """Puts faults into this process, whatever it goes on to run."""
+    sys.addaudithook(_audit)
+    _patch_files()
+    _patch_training()
+    INJECTOR.set(faults)
+
+
+def _command(words: Sequence[str]) -> None:
     from burnish.cli.main import main
 
-    INJECTOR.set(faults)
     sys.argv = ["burnish", *words]
     main()
 
@@ -350,9 +358,8 @@ def _child(asked: Mapping[str, Any]) -> None:
         sys.stdin = open(os.devnull)
         for name, value in asked["limits"].items():
             resource.setrlimit(getattr(resource, name), (value, value))
-        if asked["limits"]:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        _command(asked["words"], asked["faults"])
+        INJECTOR.set(asked["faults"])
+        _command(asked["words"])
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
@@ -368,17 +375,12 @@ def _child(asked: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Starts the command, or serves."""
-    sys.addaudithook(_audit)
-    _patch_files()
-    if sys.argv[1] == "--serve":
-        import burnish.cli.train
-        import burnish.run  # noqa: F401
-
-        _patch_training()
+    serving = sys.argv[1] == "--serve"
+    install([] if serving else json.loads(sys.argv[1]))
+    if serving:
         _serve()
     else:
-        _patch_training()
-        _command(sys.argv[2:], json.loads(sys.argv[1]))
+        _command(sys.argv[2:])
 
 
 if __name__ == "__main__":

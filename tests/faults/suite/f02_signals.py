@@ -100,6 +100,7 @@ def save_file(lab: Lab) -> Survived:
     (project.run / "SAVE").touch()
     assert process.wait_for(lambda: bool(project.checkpoints)), f"no checkpoint was saved: {process.said[-800:]}"
     step = int(project.checkpoints[0].name[5:])
+    process.wait_for(lambda: not (project.run / "SAVE").exists())
     process.send(signal.SIGKILL)
     process.wait()
     assert step < 400 and not (project.run / "SAVE").exists()

@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tests.faults.suite.f01_kill import gone_on
 from tests.faults.suite.project import SAVE_EVERY, STEPS, Project, resumed_from
 from tests.faults.suite.tries import Lab, Survived, Try
 
@@ -115,7 +114,7 @@ def tmpfs(lab: Lab, *, frees: bool) -> Survived:
         ended = project.train(*faults).expect(*((0, FAILED) if frees else (FAILED,)))
         assert "No space left" in ended.said or "free" in ended.said, ended.said[-800:]
         (project.run / "filler").unlink(missing_ok=True)
-        done = gone_on(project, lab, "full", before=project.steps_logged) if ended.code else Survived(equal=True)
+        done = _then(project, lab, "full", resumes=None) if ended.code else Survived(equal=True)
         project.finished().assert_equal(lab.reference("full"))
         return done
     finally:

@@ -182,7 +182,6 @@ def _shorter_manifest(folder: Path) -> None:
 def _without_optimizer(folder: Path) -> None:
     for name in ("optimizer.safetensors", "optimizer.json"):
         (folder / name).unlink()
-        _edit(folder, lambda manifest, name=name: manifest["files"].pop(name))  # type: ignore[attr-defined]
 
 
 def _manifest_before(folder: Path) -> None:

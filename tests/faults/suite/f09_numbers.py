@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from tests.faults.suite.processes import driven, start, torchrun
 from tests.faults.suite.project import EXACT, KINDS, STEPS, read_lines
-from tests.faults.suite.tries import Lab, NotBuilt, Survived, Try
+from tests.faults.suite.tries import Lab, Survived, Try, need
 
 STOPPED = (1, 2)
 
@@ -53,10 +53,7 @@ SPIKE = "recovery.spike={sigma: 6.0, window: 8, action: rollback}"
 
 def _recover(*overrides: str) -> list[str]:
     """The overrides; they are refused where the section `recovery` is not built."""
-    from burnish.config.run import RunConfig
-
-    if "recovery" not in RunConfig.model_fields:
-        raise NotBuilt("the section recovery")
+    need("recovery")
     return list(overrides)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Iterator
 
-from tests.faults.suite.processes import Started, driven, start, torchrun
+from tests.faults.suite.processes import ROOT, Started, driven, start, torchrun
 from tests.faults.suite.project import STEPS, Project, read_lines
-from tests.faults.suite.tries import Lab, NotBuilt, Survived, Try
+from tests.faults.suite.tries import Lab, Survived, Try, need
 
 FAILED = 1
 TIMEOUT = "parallel.timeout=10s"
@@ -32,10 +32,7 @@ def tries(seed: int = 0, *, short: bool = False) -> Iterator[Try]:
 
 
 def _launched(lab: Lab, *overrides: str) -> Project:
-    from burnish.config.sections import Parallel
-
-    if "processes" not in Parallel.model_fields or "timeout" not in Parallel.model_fields:
-        raise NotBuilt("parallel.processes, parallel.timeout")
+    need("parallel.processes")
     return lab.project("lora", "parallel.processes=2", *overrides)
 
 
@@ -110,8 +107,9 @@ def dies(lab: Lab, how: str, *, place: str = "step", rank: int = 1) -> Survived:
 
 
 def _plain(project: Project, fault: dict[str, object]) -> Started:
-    """The command that launches by itself, with a driver in place of `-m burnish` in the ranks."""
-    return start([sys.executable, *driven([fault], "train", "run.yaml", *project.overrides)], project.folder)
+    """The command that launches by itself; the fault is in a rank."""
+    path = os.pathsep.join([str(ROOT / "tests/faults/suite/site"), str(ROOT / "src"), str(ROOT)])
+    return project.start(environment={"FAULTS_OF_RANKS": json.dumps([fault]), "PYTHONPATH": path})
 
 
 def _ends_as_two(lab: Lab, project: Project) -> Survived:

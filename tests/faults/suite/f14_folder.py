@@ -64,16 +64,15 @@ def cut_off(lab: Lab, number: int) -> Survived:
 
 def oldest_is_best(lab: Lab) -> Survived:
     """It outlives all newer ones and is what is exported."""
-    overrides = ("save.keep=1", "train.learning_rate=1.0", "train.schedule=constant")  # so high that the loss only rises after a while
-    project = lab.project("lora", *overrides)
+    overrides = ("save.keep=1",)
+    project = lab.project("dpo-full", *overrides)
     ended = project.train().expect(0).expect_said("the weights are those of step")
     best = int(re.findall(r"the weights are those of step (\d+)", ended.said)[0])
     assert [path.name for path in project.checkpoints] == [f"step-{best:06d}", "step-000014"], project.checkpoints
-    again = lab.project("lora", *overrides)
-    again.train({"at": "step", "step": 13, "do": "kill"}).expect(-signal.SIGKILL)
+    again = lab.half("dpo-full", *overrides, fault={"at": "step", "step": 13})
     again.train().expect(0)
     again.finished().assert_equal(project.finished())
-    return Survived(lost=1, equal=True)
+    return Survived(equal=True)
 
 
 def damaged_and_newer(lab: Lab) -> Survived:

@@ -17,6 +17,10 @@ HALF = {"at": "step", "step": 10}
 """Where half a run ends: steps 8 and 9 have checkpoints, and step 10 has begun."""
 
 
+IN_FRONT = "save.background=false"
+"""Where it must be known which checkpoints there are when a run is killed."""
+
+
 class NotBuilt(Exception):
     """The product lacks what the try needs; it counts as not survived."""
 
@@ -116,7 +120,7 @@ class Lab:
         with self.once(key):
             if key not in self.projects:
                 project = self.project(kind, *overrides)
-                project.train({**fault, "do": "kill"}).expect(-9)
+                project.train({**fault, "do": "kill"}, overrides=[IN_FRONT] if has("save.background") else []).expect(-9)
                 self.projects[key] = project
         with self._lock:
             number = next(iter(self._numbers))
@@ -126,6 +130,21 @@ class Lab:
         """For what is made once and used by several tries."""
         with self._lock:
             return self._locks.setdefault(key, threading.Lock())
+
+
+def has(key: str) -> bool:
+    """Whether run files have this key."""
+    from burnish.config.run import RunConfig
+
+    section, _, name = key.partition(".")
+    field = RunConfig.model_fields.get(section)
+    return field is not None and (not name or name in getattr(field.annotation, "model_fields", {}))
+
+
+def need(key: str) -> None:
+    """Raises NotBuilt where run files have no such key."""
+    if not has(key):
+        raise NotBuilt(key)
 
 
 def attempt(one: Try, lab: Lab) -> Result:
