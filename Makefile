@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 
-.PHONY: help install quickstart test check format bench peers peers-test parity clean
+.PHONY: help install quickstart test faults check format bench peers peers-test parity clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ quickstart: install ## Fine-tune the embedded model on the embedded data and sho
 # One process a core, one thread each: many small tests gain more from that than from threads inside them.
 test: install ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+faults: install ## Kill, corrupt, fill, hang: put faults into real training runs, and print a table
+	$(BIN)/python -m tests.faults.suite $(FAULTS)
 
 check: install ## Lint, format, types, layers
 	$(BIN)/ruff check .

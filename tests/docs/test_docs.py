@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from tests.faults.suite.__main__ import FAULTS, tries
+
 from burnish.config.objectives import CPO, DPO, DPOLoss
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,3 +57,28 @@ def test_every_loss_over_pairs_is_explained() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", dpo, re.M)
     assert sorted(rows) == sorted([*get_args(DPOLoss), *get_args(DPO.model_fields["divergence"].annotation)])
     assert re.findall(r"^\| `(\w+)` \|", cpo, re.M) == list(get_args(CPO.model_fields["loss"].annotation))
+
+
+def test_every_promise_names_a_test_that_there_is() -> None:
+    """The tables of promises point at files, at tests in them, and at rows of the fault suite that have tries."""
+    named: dict[str, set[str]] = {}
+    for page in ("reliability.md", "architecture.md"):
+        text = (ROOT / "docs" / page).read_text()
+        named[page] = set(re.findall(r"`(tests/[\w/.:]*)`", text))
+        for place in named[page]:
+            file, _, test = place.partition("::")
+            assert (ROOT / file).exists(), f"docs/{page} names {file}"
+            if test:
+                assert f"def {test.split('::')[-1]}(" in (ROOT / file).read_text(), f"docs/{page} names {place}"
+    assert min(len(places) for places in named.values()) > 5
+    rows = [line for line in (ROOT / "docs/reliability.md").read_text().splitlines() if line.startswith("| ")]
+    told = {fault for line in rows for fault in re.findall(r"\bF\d+\b", line)}
+    assert told == set(FAULTS) == {one.fault for one in tries(0)}
+
+
+def test_every_promise_of_reliability_has_a_test() -> None:
+    """No row of the second table is without one."""
+    table = (ROOT / "docs/reliability.md").read_text().split("| promise | held by |")[1].split("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) > 20
+    assert all(re.search(r"\bF\d+\b|`tests/", row.split("|")[2]) for row in rows)
