@@ -31,7 +31,7 @@ def build_policy(
     whole = load_model(
         model,
         compute_dtype=backend.storage_dtype,
-        device=backend.device,
+        device=backend.load_device,
         trainable=adapter is None,
         tokenizer=tokenizer,
         scorer=judges is not None,

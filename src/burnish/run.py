@@ -32,7 +32,7 @@ from burnish.build import build_objective, build_policy, build_teacher
 from burnish.config.dump import dump_run, resolved
 from burnish.config.load import load_run, parse_run
 from burnish.config.objectives import Distill, Plugin, batch_kind
-from burnish.config.run import RunConfig
+from burnish.config.run import RunConfig, unshardable
 from burnish.config.sections import Adapter, Model
 from burnish.core.errors import CheckpointError, ConfigError, Interrupted, Where
 from burnish.core.log import busy, info
@@ -51,6 +51,7 @@ from burnish.engine.report import write_report
 from burnish.engine.resume import identity_of, refuse_another_run
 from burnish.engine.step import Stepper, StepResult, begin_step
 from burnish.models.activations import free_memory
+from burnish.models.load import count_parameters, stored_bytes
 from burnish.models.locate import locate
 from burnish.models.policy import Policy
 from burnish.models.save import save_model
@@ -111,7 +112,7 @@ class Run:
     @cached_property
     def backend(self) -> Backend:
         """Devices and precision."""
-        return Backend(precision=self.config.train.precision, strategy=self.config.parallel.strategy)
+        return Backend(precision=self.config.train.precision, parallel=self.config.parallel)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -195,13 +196,31 @@ class Run:
         model = self.config.model
         with busy(f"loading {model.path}", spinner=locate(model.path).kind != "hub"):  # a download has a bar of its own
             judges = None if isinstance(self.config.objective, Plugin) else self.config.objective.judges
+            self._settle_strategy()
             policy = build_policy(model, self.config.adapter, self.backend, self.tokenizer, judges=judges)
             self._fit_activations(policy)
             if self.config.train.compile == "auto":
                 with self.backend.autocast():
                     self._compiled = policy.compile_layers(self.micro_batch_tokens)
         policy.noise(getattr(self.config.objective, "neftune_alpha", 0.0))
+        self.backend.shard(policy)
         return policy
+
+    def _settle_strategy(self) -> None:
+        """Chooses how several devices share the work, before the weights are loaded to where that wants them."""
+        if self.backend.world_size == 1:
+            return
+        elements, model, whole = count_parameters(self.config.model), self.config.model, self.config.adapter is None
+        size = 4 if whole else stored_bytes(model, self.backend.storage_dtype)
+        rest = elements * _BYTES_PER_TRAINED if whole else 0  # an adapter's are next to nothing
+        self.backend.settle(elements * size, rest, self._room(), cuttable=model.quantize == "none")
+        if self.backend.sharded and (why := unshardable(self.config)):
+            reason = f"a device does not hold the run ({self.backend.reason}), and {why}"
+            raise ConfigError(reason, where=Where(field="parallel.strategy"))
+
+    def _room(self) -> float:
+        """Free bytes of this process's device."""
+        return free_memory(self.backend.device) / (self.backend.local_processes if self.backend.device.type == "cpu" else 1)
 
     def _fit_activations(self, policy: Policy) -> None:
         """Chooses what is kept for the backward pass and what is computed again."""
@@ -210,8 +229,10 @@ class Run:
             on = train.checkpoint_activations != "off"
             policy.checkpoint_activations(on, tile=train.mlp_tile, offloaded=train.offload_activations)
             return
-        trained = sum(p.numel() for p in policy.trainable().values())
-        budget = _ROOM * free_memory(self.backend.device) - trained * _BYTES_PER_TRAINED - policy.head_bytes()
+        trained = sum(p.nbytes for p in policy.trainable().values()) * _BYTES_PER_TRAINED / 4
+        if self.backend.sharded:
+            trained = trained / self.backend.shards - self.backend.freed_by_shards(policy.model)
+        budget = _ROOM * self._room() - trained - policy.head_bytes()
         with self.backend.autocast():
             self._activations = policy.fit_activations(self.micro_batch_tokens, budget, tile=train.mlp_tile)
 
@@ -243,7 +264,12 @@ class Run:
             policy=policy,
             objective=self.objective,
             source=source,
-            optimizer=build_optimizer(policy.trainable(), self.config.train, in_backward=self.config.train.optimizer.in_backward),
+            optimizer=build_optimizer(
+                policy.trainable(),
+                self.config.train,
+                in_backward=self.config.train.optimizer.in_backward,
+                sharded=self.backend.sharded,
+            ),
             backend=self.backend,
             train=self.config.train,
             folder=self.folder,
@@ -334,7 +360,7 @@ class Run:
     def loss(self, batch: Batch) -> Loss:
         """The run's objective on a micro-batch: a sum, which `step` divides by the weight of the whole step."""
         with self.backend.autocast():
-            return self.objective(self.policy, batch)
+            return self.backend.compute(lambda: self.objective(self.policy, batch))
 
     def step(self, loss: Loss | torch.Tensor, batch: Batch | None = None) -> StepResult | None:
         """Adds the gradient of one micro-batch; with the last one of its step, updates the weights.
@@ -361,8 +387,9 @@ class Run:
         """Writes the trained model (the adapter as a PEFT folder, or the whole model) into the run folder, and returns the place."""
         target = self.folder / "model"
         self.open()
-        if self.backend.is_main:
-            save_model(self.policy.model, self.tokenizer, target)
+        with self.backend.whole(frozen=self.config.adapter is None):
+            if self.backend.is_main:
+                save_model(self.policy.model, self.tokenizer, target)
         self.backend.barrier()
         return target
 

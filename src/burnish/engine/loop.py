@@ -26,6 +26,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def train(job: Job) -> Outcome:
             run.events.on_step_start(state)
             for batch in begin_step(batches, job.objective, job.policy, job.backend):
                 with job.backend.autocast():
-                    loss = job.objective(job.policy, batch)
+                    loss = job.backend.compute(partial(job.objective, job.policy, batch))
                 stepper.accumulate(loss, batch)
             result = stepper.update()
             run.note(result, seconds=time.perf_counter() - began)
