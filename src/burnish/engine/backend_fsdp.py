@@ -70,6 +70,7 @@ class Sharding:
         rank, world = dist.get_rank(), dist.get_world_size()
         self.shards, self.replicas = shards, world // shards
         self.shard, self.replica = rank % shards, rank // shards
+        self.is_main = rank == 0
         names, sizes = (("replicas", "shards"), (self.replicas, shards)) if self.replicas > 1 else (("shards",), (shards,))
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
         policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload else OffloadPolicy()

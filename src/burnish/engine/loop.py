@@ -35,7 +35,7 @@ from burnish.config.sections import Evaluation, Save, Train
 from burnish.core.errors import CheckpointError, ConfigError, Interrupted, Where
 from burnish.core.log import info, warn
 from burnish.data.types import Batch, Source
-from burnish.engine import checkpoint, resume
+from burnish.engine import checkpoint, resume, shards
 from burnish.engine.backend import Backend, Trackers
 from burnish.engine.evaluation import evaluate, judge
 from burnish.engine.events import Callback, Callbacks, Signals, State
@@ -275,8 +275,11 @@ class _Run:
             identity=job.identity,
         )
         folder = job.checkpoints / f"step-{state.step:06d}"
-        if job.backend.is_main:
+        if (sharding := job.backend.sharding) is not None:
+            shards.save(job.checkpoints, content, sharding)
+        elif job.backend.is_main:
             checkpoint.save(job.checkpoints, content)
+        if job.backend.is_main:
             checkpoint.prune(job.checkpoints, keep=job.save.keep, best=state.best_saved)
         job.backend.barrier()
         self._saved_step = state.step
@@ -312,7 +315,7 @@ class _Run:
         self.events.on_train_end(state)
 
     def _take_best(self, folder: Path) -> None:
-        found = checkpoint.load(folder)
+        found = shards.load(folder, self.job.backend.layout)
         resume.restore_weights(found, resume.weights_of(self.job.policy), folder)
         self.job.optimizer.load_state_dict(found.optimizer)  # a schedule-free optimiser makes the final weights from its state
         info(f"the weights are those of step {found.step}, where the eval loss was lowest ({self.state.best_loss:.4f})")

@@ -17,7 +17,7 @@ from burnish.config.run import RunConfig
 from burnish.core.errors import CheckpointError
 from burnish.core.log import warn
 from burnish.data.types import Source
-from burnish.engine import checkpoint, rng
+from burnish.engine import checkpoint, rng, shards
 from burnish.engine.backend import Backend
 from burnish.engine.checkpoint import Checkpoint, flatten, unflatten
 from burnish.engine.events import State
@@ -128,7 +128,7 @@ def restore(
     Raises:
         CheckpointError: the checkpoint is damaged, or belongs to a longer run or one with other settings, other data or other parameters.
     """
-    found = checkpoint.load(folder)
+    found = shards.load(folder, backend.layout)
     trainer = found.trainer
     _refuse_another_run(folder, trainer, identity)
     _refuse_a_longer_run(folder, trainer["state"]["step"], state.total)
