@@ -1,4 +1,4 @@
-"""The parts of a run that are made from settings alone: the policy, the teacher, the objective."""
+"""The parts of a run that are made from settings alone: how devices share the work, the policy, the teacher, the objective."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from burnish.config.objectives import Distill, Plugin
-from burnish.config.run import RunConfig
-from burnish.config.sections import Adapter, Model
+from burnish.config.run import RunConfig, unshardable
+from burnish.config.sections import Adapter, Model, Train
 from burnish.core import plugins
 from burnish.core.errors import ConfigError, ModelError, Where
 from burnish.data.types import Batch
 from burnish.engine.backend import Backend
+from burnish.models.activations import free_memory
 from burnish.models.adapters import attach
-from burnish.models.load import load_model
+from burnish.models.load import count_parameters, load_model, stored_bytes
 from burnish.models.policy import Policy
 from burnish.models.score import Judges, attach_score
 from burnish.models.tokenizer import add_tokens, load_tokenizer
 from burnish.objectives.base import Loss, Objective
 from burnish.objectives.distill import DistillObjective
+
+_ROOM = 0.85
+"""Share of the free memory that activations may fill: the rest is for what comes and goes within a layer, and for fragmentation."""
+_BYTES_PER_TRAINED = 12
+"""Gradient and two moments in float32."""
 
 
 def build_policy(
@@ -31,7 +37,7 @@ def build_policy(
     whole = load_model(
         model,
         compute_dtype=backend.storage_dtype,
-        device=backend.device,
+        device=backend.load_device,
         trainable=adapter is None,
         tokenizer=tokenizer,
         scorer=judges is not None,
@@ -42,6 +48,42 @@ def build_policy(
     if judges is not None:
         attach_score(trained, judges)
     return Policy(trained, tokenizer, attention=model.attention, kernels=model.kernels == "auto")
+
+
+def settle_strategy(config: RunConfig, backend: Backend) -> None:
+    """Chooses how several devices share the work, before the weights are loaded to where that wants them.
+
+    Raises:
+        ConfigError: the model fits on no device, and the run is one that shards do not allow.
+    """
+    if backend.world_size == 1:
+        return
+    elements, model, whole = count_parameters(config.model), config.model, config.adapter is None
+    size = 4 if whole else stored_bytes(model, backend.storage_dtype)
+    rest = elements * _BYTES_PER_TRAINED if whole else 0  # an adapter's are next to nothing
+    backend.settle(elements * size, rest, _free(backend), cuttable=model.quantize == "none")
+    if backend.sharded and (why := unshardable(config)):
+        reason = f"a device does not hold the run ({backend.reason}), and {why}"
+        raise ConfigError(reason, where=Where(field="parallel.strategy"))
+
+
+def fit_activations(train: Train, policy: Policy, backend: Backend, micro_batch_tokens: int) -> str:
+    """Chooses what is kept for the backward pass and what is computed again; says so, where it was left to choose."""
+    if train.checkpoint_activations != "auto" or train.offload_activations:
+        on = train.checkpoint_activations != "off"
+        policy.checkpoint_activations(on, tile=train.mlp_tile, offloaded=train.offload_activations)
+        return ""
+    trained = sum(p.nbytes for p in policy.trainable().values()) * _BYTES_PER_TRAINED / 4
+    if backend.sharded:
+        trained = trained / backend.shards - backend.freed_by_shards(policy.model)
+    budget = _ROOM * _free(backend) - trained - policy.head_bytes()
+    with backend.autocast():
+        return policy.fit_activations(micro_batch_tokens, budget, tile=train.mlp_tile)
+
+
+def _free(backend: Backend) -> float:
+    """Free bytes of this process's device."""
+    return free_memory(backend.device) / (backend.local_processes if backend.device.type == "cpu" else 1)
 
 
 def build_teacher(path: str, backend: Backend, tokenizer: PreTrainedTokenizerFast) -> Policy:

@@ -27,7 +27,7 @@ from typing import Any, TypeVar, cast
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from burnish.build import build_objective, build_policy, build_teacher
+from burnish.build import build_objective, build_policy, build_teacher, fit_activations, settle_strategy
 from burnish.config.dump import dump_run, resolved
 from burnish.config.load import load_run, parse_run
 from burnish.config.objectives import Distill, Plugin, batch_kind
@@ -51,7 +51,6 @@ from burnish.engine.resume import identity_of, refuse_another_run
 from burnish.engine.step import Stepper, StepResult, begin_step
 from burnish.engine.together import agree, once_per_machine
 from burnish.engine.watchdog import Watchdog
-from burnish.models.activations import free_memory
 from burnish.models.locate import locate
 from burnish.models.policy import Policy
 from burnish.models.save import save_model
@@ -61,10 +60,6 @@ from burnish.objectives.base import Loss, Objective
 T = TypeVar("T")
 DEFAULT_BATCH_SIZE = 32
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-_ROOM = 0.85
-"""Share of the free memory that activations may fill: the rest is for what comes and goes within a layer, and for fragmentation."""
-_BYTES_PER_TRAINED = 12
-"""Gradient and two moments in float32."""
 
 
 class Run:
@@ -113,7 +108,7 @@ class Run:
     def backend(self) -> Backend:
         """Devices and precision."""
         parallel = self.config.parallel
-        return Backend(precision=self.config.train.precision, strategy=parallel.strategy, timeout=parallel.timeout)
+        return Backend(precision=self.config.train.precision, parallel=parallel, timeout=parallel.timeout)
 
     @cached_property
     def watchdog(self) -> Watchdog:
@@ -216,25 +211,15 @@ class Run:
         model = self.config.model
         with busy(f"loading {model.path}", spinner=locate(model.path).kind != "hub"):  # a download has a bar of its own
             judges = None if isinstance(self.config.objective, Plugin) else self.config.objective.judges
+            settle_strategy(self.config, self.backend)
             policy = build_policy(model, self.config.adapter, self.backend, self.tokenizer, judges=judges)
-            self._fit_activations(policy)
+            self._activations = fit_activations(self.config.train, policy, self.backend, self.micro_batch_tokens)
             if self.config.train.compile == "auto":
                 with self.backend.autocast():
                     self._compiled = policy.compile_layers(self.micro_batch_tokens)
         policy.noise(getattr(self.config.objective, "neftune_alpha", 0.0))
+        self.backend.shard(policy)
         return policy
-
-    def _fit_activations(self, policy: Policy) -> None:
-        """Chooses what is kept for the backward pass and what is computed again."""
-        train = self.config.train
-        if train.checkpoint_activations != "auto" or train.offload_activations:
-            on = train.checkpoint_activations != "off"
-            policy.checkpoint_activations(on, tile=train.mlp_tile, offloaded=train.offload_activations)
-            return
-        trained = sum(p.numel() for p in policy.trainable().values())
-        budget = _ROOM * free_memory(self.backend.device) - trained * _BYTES_PER_TRAINED - policy.head_bytes()
-        with self.backend.autocast():
-            self._activations = policy.fit_activations(self.micro_batch_tokens, budget, tile=train.mlp_tile)
 
     @cached_property
     def objective(self) -> Objective:
@@ -262,7 +247,12 @@ class Run:
             policy=policy,
             objective=self.objective,
             source=source,
-            optimizer=build_optimizer(policy.trainable(), self.config.train, in_backward=self.config.train.optimizer.in_backward),
+            optimizer=build_optimizer(
+                policy.trainable(),
+                self.config.train,
+                in_backward=self.config.train.optimizer.in_backward,
+                sharded=self.backend.sharded,
+            ),
             backend=self.backend,
             train=self.config.train,
             folder=self.folder,
@@ -374,7 +364,7 @@ class Run:
     def loss(self, batch: Batch) -> Loss:
         """The run's objective on a micro-batch: a sum, which `step` divides by the weight of the whole step."""
         with self.backend.autocast():
-            return self.objective(self.policy, batch)
+            return self.backend.compute(lambda: self.objective(self.policy, batch))
 
     def step(self, loss: Loss | torch.Tensor, batch: Batch | None = None) -> StepResult | None:
         """Adds the gradient of one micro-batch; with the last one of its step, updates the weights.
@@ -402,8 +392,9 @@ class Run:
         target, alone = self._files.model, not self._files.lock.held
         self.open()
         try:
-            if self.backend.is_main:
-                save_model(self.policy.model, self.tokenizer, target)
+            with self.backend.whole(frozen=self.config.adapter is None):
+                if self.backend.is_main:
+                    save_model(self.policy.model, self.tokenizer, target)
             self.backend.barrier()
         finally:
             if alone:

@@ -131,7 +131,8 @@ def sky(job: Job) -> str:
         raise BurnishError(f"{job.file} is not below {here}, which is what SkyPilot copies to the machines", hint="start from its folder")
     command = shlex.join(["train", str(job.file.resolve().relative_to(here)), *job.overrides])
     resources = f"accelerators: {{{job.gpu}: {job.gpus}}}" if job.gpus else "cpus: 8+"
-    return f"""# {job.nodes} x {job.processes} processes on any cloud. On spot machines (sky jobs launch) the run folder belongs on a mounted bucket.
+    return f"""# {job.nodes} x {job.processes} processes on any cloud. On spot machines (sky jobs launch)
+# the run folder belongs on a mounted bucket.
 name: burnish-{job.name.lower()}
 num_nodes: {job.nodes}
 resources:

@@ -231,6 +231,42 @@ def patience_needs_evaluation(run: RunConfig) -> str | None:
     return None if run.evaluation.every else "evaluation.patience counts evaluations, but evaluation.every: null makes none"
 
 
+@_check("parallel.shards", "parallel.reshard", "parallel.offload", "parallel.strategy")
+def strategy_uses_its_keys(run: RunConfig) -> str | None:
+    """No key of a strategy is ignored in silence."""
+    strategy = run.parallel.strategy
+    known = {"auto": ("reshard", "offload"), "fsdp": ("reshard", "offload"), "hsdp": ("shards", "reshard", "offload")}.get(strategy, ())
+    ignored = [key for key in _changed(run.parallel, "shards", "reshard", "offload") if key not in known]
+    return f"parallel.strategy: {strategy} has no {_and(ignored)}; leave {_them(ignored)} out" if ignored else None
+
+
+@_check("parallel.strategy", "train.optimizer", "train.compile", "train.offload_activations", "adapter.init")
+def shards_can_be_trained(run: RunConfig) -> str | None:
+    """Some things need whole weights."""
+    why = unshardable(run) if run.parallel.strategy in ("fsdp", "hsdp") else None
+    return f"parallel.strategy: {run.parallel.strategy} cuts weights into shards, and {why}" if why else None
+
+
+def unshardable(run: RunConfig) -> str | None:
+    """What in a run needs whole weights, as the end of a sentence; None where nothing does."""
+    train = run.train
+    if train.optimizer.in_backward:
+        return "train.optimizer.in_backward updates weights before their gradients have met; set it to false"
+    if train.optimizer.kind not in ELEMENTWISE:
+        return f"train.optimizer: {train.optimizer.kind} looks at more than single elements; take one of {', '.join(ELEMENTWISE)}"
+    if train.compile == "auto":
+        return "train.compile is not tried there; leave it out"
+    if train.offload_activations:
+        return "train.offload_activations does not know them; leave it out"
+    if run.adapter is not None and run.adapter.init in ("pissa", "olora"):
+        return f"adapter.init: {run.adapter.init} takes a part out of whole weights; take another one"
+    return None
+
+
+ELEMENTWISE = ("adamw", "lion", "sgd", "adamw_schedule_free")
+"""Optimisers whose update of one element depends on no other, so that a part of a weight is updated as in the whole."""
+
+
 @_check("train.optimizer", "train.optimizer.betas", "train.optimizer.eps", "train.optimizer.momentum")
 def optimizer_uses_its_keys(run: RunConfig) -> str | None:
     """No key of the optimiser is ignored in silence."""
@@ -417,6 +453,8 @@ CHECKS = (
     share_holds_a_row,
     sample_needs_limit,
     patience_needs_evaluation,
+    strategy_uses_its_keys,
+    shards_can_be_trained,
     optimizer_uses_its_keys,
     schedule_uses_its_keys,
     schedule_free_has_no_curve,

@@ -276,8 +276,16 @@ class Evaluation(Strict):
 class Parallel(Strict):
     """Several devices."""
 
-    strategy: Literal["auto", "none", "ddp"] = "auto"
-    """How the work is shared out. `auto`: one device alone, several by data parallelism."""
+    strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    """How the work is shared out. `ddp`: every device holds the whole model. `fsdp`: weights, gradients and optimiser state in shards, one
+    on each device. `hsdp`: the same within groups of devices. `auto`: `ddp` where everything fits on each device, else `fsdp`."""
+    shards: int | None = Field(default=None, ge=1)
+    """hsdp: devices that share one copy of the model. Default: those of one machine."""
+    reshard: bool = True
+    """fsdp, hsdp: give a layer's weights back after the forward pass and gather them again for the backward pass. `false` sends less and
+    holds all weights in between."""
+    offload: bool = False
+    """fsdp, hsdp: keep the shards, their gradients and the optimiser's state in the host's memory."""
     processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes that `burnish train` starts on this machine. `auto`: one for each accelerator, one where there is none.
     Under torchrun, accelerate launch or srun the launcher decides."""

@@ -9,11 +9,11 @@ import importlib.util
 import json
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,13 +22,16 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from torch import nn
 
+from burnish.config.sections import Parallel
 from burnish.core.errors import ConfigError, DependencyError, TrainingError, Where
 from burnish.core.log import set_rank, warn
+from burnish.engine.backend_fsdp import Part, Sharding
 from burnish.kernels.allocator import keep_freed_memory
 from burnish.kernels.dispatch import cpu_has_fast_bf16
 
 __all__ = ["Backend", "LossScale", "Precision", "Trackers", "resolve_precision"]
 
+T = TypeVar("T")
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,18 +41,18 @@ class Backend:
 
     Args:
         precision: Type of the matrix products; `auto` is bfloat16 where the device computes it fast, else float32.
-        strategy: `auto`, `none` or `ddp`.
+        parallel: How the work is shared out.
         cpu: Stay on the CPU even where there is an accelerator.
         timeout: `parallel.timeout`: seconds after which the watchdog ends a run that hangs. A collective itself gives up later.
 
     Raises:
-        ConfigError: the device lacks the precision, or the strategy is not built.
+        ConfigError: the device lacks the precision, or the strategy does not fit the number of processes.
         TrainingError: a launcher started several processes and they do not see each other.
     """
 
-    def __init__(self, *, precision: Precision = "auto", strategy: str = "auto", cpu: bool = False, timeout: float = 1800.0) -> None:
-        if strategy not in ("auto", "none", "ddp"):
-            raise ConfigError(f"'{strategy}' is not available yet, expected auto, none or ddp", where=Where(field="parallel.strategy"))
+    def __init__(
+        self, *, precision: Precision = "auto", parallel: Parallel | None = None, cpu: bool = False, timeout: float = 1800.0
+    ) -> None:
         # What the launcher promised. On CPUs accelerate forms a group only when told that CPUs are meant.
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         # A rank may rightly wait for long, while another one saves; who hangs is found by engine/watchdog.py, not by this time-out.
@@ -63,8 +66,11 @@ class Backend:
                 f"the launcher started {asked} processes, but this one sees {self.world_size}: they would train {asked} separate models",
                 hint="start them with torchrun or accelerate launch on devices of one kind",
             )
-        if strategy == "none" and self.world_size > 1:
-            raise ConfigError(f"'none' means one process, found {self.world_size}", where=Where(field="parallel.strategy"))
+        self._parallel = parallel or Parallel()
+        self.strategy = _strategy(self._parallel, self.world_size)
+        self.reason = ""
+        self.load_device = self.device
+        self._sharding: Sharding | None = None
         self.compute_dtype = resolve_precision(precision, self.device)
         self.loss_scale = LossScale() if self.compute_dtype == torch.float16 else None
         set_rank(self.rank)
@@ -99,17 +105,127 @@ class Backend:
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
 
+    def settle(self, weights: float, rest: float, room: float, *, cuttable: bool = True) -> None:
+        """Decides what `auto` stands for, by what has to fit on each device, and where weights are loaded to.
+
+        Args:
+            weights: Bytes of the whole model as it is stored.
+            rest: Bytes of all gradients and the optimiser's state.
+            room: Free bytes of this device.
+            cuttable: Whether shards would make it smaller: quantised weights stay whole.
+        """
+        room = _ROOM * min(self.gather(room))
+        if self.strategy == "auto":
+            fits = weights + rest <= room
+            self.strategy = "ddp" if fits or not cuttable else "fsdp"
+            self.reason = (
+                f"{_gib(weights + rest)} of weights, gradients and optimiser state {'fit into' if fits else 'exceed'} {_gib(room)}"
+            )
+        if self.sharded and (self._parallel.offload or weights > room):
+            self.load_device = torch.device("cpu")
+
+    @property
+    def local_processes(self) -> int:
+        """Processes of this run on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share one copy of the model.
+
+        Raises:
+            ConfigError: the ranks cannot be cut into groups of `parallel.shards`.
+        """
+        if not self.sharded:
+            return 1
+        if self.strategy == "fsdp":
+            return self.world_size
+        shards = self._parallel.shards or self.local_processes
+        if self.world_size % shards:
+            raise ConfigError(
+                f"{self.world_size} processes cannot be cut into groups of {shards}",
+                where=Where(field="parallel.shards"),
+                hint="take a divisor",
+            )
+        return shards
+
+    def freed_by_shards(self, model: nn.Module) -> float:
+        """Bytes of this device that a model will no longer take once it is cut into shards."""
+        held = sum(p.nbytes for p in model.parameters() if p.device == self.device and p.dtype.itemsize > 1)
+        return held * (1 - 1 / self.shards)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a part of every weight."""
+        return self.strategy in ("fsdp", "hsdp")
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """The shards, once there are any."""
+        return self._sharding
+
+    @property
+    def layout(self) -> dict[str, Part]:
+        """Which part of each trained weight this rank has; empty where it has all of them."""
+        return self._sharding.layout if self._sharding is not None else {}
+
+    def shard(self, policy: Any) -> None:
+        """Cuts the policy's model into shards, where the strategy says so. Called once, when the model is complete.
+
+        Raises:
+            ConfigError: the model has to be called a different number of times on each rank.
+        """
+        if not self.sharded:
+            return
+        if not policy.anatomy.packed:
+            raise ConfigError(
+                "this model is computed one segment at a time, which ranks that gather its weights together cannot do",
+                where=Where(field="parallel.strategy"),
+                hint="use ddp",
+            )
+        self._broadcast(policy.model)
+        options = {"offload": self._parallel.offload, "reshard": self._parallel.reshard}
+        self._sharding = Sharding(policy.model, policy.layers, self.device, shards=self.shards, **options)
+        policy.hold_shards(self._sharding)
+
+    def compute(self, call: Callable[[], T]) -> T:
+        """Calls `call`, which calls a policy: whoever computes with a model does it in here, on all ranks equally often."""
+        return call() if self._sharding is None else self._sharding.run(call)
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Makes the trained parameters of all ranks those of rank 0. Called once, before the first step.
 
         The gradients meet in `average_gradients`. So the model stays the same object, and a policy may call any part of it (the body
         without the head), which a wrapper around `forward` would not see.
         """
+        if self._sharding is None:
+            self._broadcast(model)
+        return model
+
+    def _broadcast(self, model: nn.Module) -> None:
         if self.world_size > 1:
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    dist.broadcast(parameter.data, src=0)
-        return model
+                    shared = parameter.data.to(self.device)
+                    dist.broadcast(shared, src=0)
+                    parameter.data.copy_(shared)
+
+    def before_backward(self, last: bool) -> None:
+        """Called before each backward pass; `last` of its step."""
+        if self._sharding is not None:
+            self._sharding.before_backward(last)
+
+    def norm(self, local: torch.Tensor) -> torch.Tensor:
+        """The norm of all gradients, from that of the gradients that `average_gradients` left on this rank."""
+        return local if self._sharding is None else self._sharding.norm(local)
+
+    def largest(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest of each value over the ranks, where these hold parts of the same things."""
+        return values if self._sharding is None else self._sharding.largest(values)
+
+    def whole(self, *, frozen: bool) -> AbstractContextManager[None]:
+        """Inside, the model on rank 0 has its weights whole: the trained ones, and the `frozen` ones too if wanted."""
+        return nullcontext() if self._sharding is None else self._sharding.whole(frozen)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replaces every gradient by its mean over the ranks, in one collective per type.
@@ -117,6 +233,9 @@ class Backend:
         A parameter without gradient on this rank (an expert that saw no token) counts as zero.
         """
         if self.world_size == 1:
+            return
+        if self._sharding is not None:
+            self._sharding.collect()
             return
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in parameters:
@@ -247,6 +366,22 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     else:
         fast = device.type == "cpu" and cpu_has_fast_bf16()
     return torch.bfloat16 if fast else torch.float32
+
+
+_ROOM = 0.85
+"""Share of a device's free memory that weights, gradients and optimiser state may fill."""
+
+
+def _strategy(parallel: Parallel, processes: int) -> str:
+    if processes == 1:
+        return "none"
+    if parallel.strategy == "none":
+        raise ConfigError(f"'none' means one process, found {processes}", where=Where(field="parallel.strategy"))
+    return parallel.strategy
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def _has_accelerator() -> bool:

@@ -35,6 +35,7 @@ __all__ = ["Checkpoint", "flatten", "folder_of", "folders", "load", "newest", "p
 
 FORMAT = 2
 FILES = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "rng.safetensors", "trainer.json")
+SHARDS = "shards.json"  # stands in place of the first two, and says which files hold what (see `engine.shards`)
 _NAME = re.compile(r"^step-(\d{6,})$")
 _DISCARDED = ".discarded-"
 _REPLACED = ".replaced-"
@@ -55,8 +56,17 @@ class Checkpoint:
     """JSON-able: everything else."""
 
 
-def save(root: Path, checkpoint: Checkpoint) -> Path:
+Parts = Callable[[Path], Mapping[str, Any]]
+"""Writes the tensors of weights and optimiser into a folder in another way; returns what the manifest says of each file."""
+
+
+def save(root: Path, checkpoint: Checkpoint, *, parts: Parts | None = None) -> Path:
     """Writes a checkpoint under `root` and returns its folder. All or nothing: an error leaves the older checkpoints as they were.
+
+    Args:
+        root: Where the checkpoints are.
+        checkpoint: What to write.
+        parts: Who writes weights that lie in shards (see `engine.shards`).
 
     Raises:
         StorageError: the disk is full or refuses to be written.
@@ -69,12 +79,14 @@ def save(root: Path, checkpoint: Checkpoint) -> Path:
         _clear_leftovers(root)
         _need_space(root, [checkpoint.weights, tensors, checkpoint.rng])
         unfinished.mkdir()
-        save_file(_plain(checkpoint.weights), unfinished / "model.safetensors", metadata={"format": "pt"})
-        save_file(_plain(tensors), unfinished / "optimizer.safetensors")
+        known = parts(unfinished) if parts is not None else {}
+        if parts is None:
+            save_file(_plain(checkpoint.weights), unfinished / "model.safetensors", metadata={"format": "pt"})
+            save_file(_plain(tensors), unfinished / "optimizer.safetensors")
         save_file(_plain(checkpoint.rng), unfinished / "rng.safetensors")
         _write_json(unfinished / "optimizer.json", structure)
         _write_json(unfinished / "trainer.json", checkpoint.trainer)
-        files = {path.name: _fingerprint(path) for path in sorted(unfinished.iterdir())}
+        files = {path.name: known.get(path.name) or _fingerprint(path) for path in sorted(unfinished.iterdir())}
         _write_json(unfinished / "manifest.json", _sealed({"format": FORMAT, "step": checkpoint.step, "files": files}))
         for path in (*unfinished.iterdir(), unfinished):
             _flush(path)
@@ -107,6 +119,18 @@ def load(folder: Path) -> Checkpoint:
     )
 
 
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Writes one file of tensors and flushes it to the disk; returns what the manifest says of it.
+
+    Raises:
+        OSError: the disk is full or refuses to be written.
+    """
+    _need_space(path.parent, [tensors])
+    save_file(_plain(tensors), path, metadata={"format": "pt"})
+    _flush(path)
+    return _fingerprint(path)
+
+
 def trainer_of(folder: Path) -> dict[str, Any]:
     """What a checkpoint remembers beside its tensors, unverified: for a look before anything is loaded.
 
@@ -123,7 +147,7 @@ def verify(folder: Path) -> dict[str, Any]:
         CheckpointError: naming the first file that is missing or differs.
     """
     manifest = _manifest_of(folder)
-    for name in FILES:
+    for name in FILES[2:] if SHARDS in manifest["files"] else FILES:
         if name not in manifest["files"]:
             raise CheckpointError(f"{folder / 'manifest.json'} does not list {name}, which belongs to a checkpoint")
     for name, expected in manifest["files"].items():

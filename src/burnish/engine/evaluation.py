@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def evaluate(
                 if cancelled():
                     return None
                 with backend.autocast():
-                    loss = objective(policy, batch)
+                    loss = backend.compute(partial(objective, policy, batch))
                 sums["loss"].append(loss.sum)
                 counts["loss"] += batch.weight
                 counts["tokens"] += len(batch.targets)

@@ -11,7 +11,7 @@ construction is told apart:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,13 +41,21 @@ class GradientGuard:
 
     Args:
         named_parameters: The trained parameters by full name.
+        over_ranks: Gives the largest of each value over the ranks, where these hold parts of the same parameters.
         patience: After this many looks what is zero by construction is no longer waited for (a run with a rate of 0 never moves B).
     """
 
-    def __init__(self, named_parameters: Mapping[str, nn.Parameter], *, patience: int = 10) -> None:
+    def __init__(
+        self,
+        named_parameters: Mapping[str, nn.Parameter],
+        *,
+        over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+        patience: int = 10,
+    ) -> None:
         self._parameters = dict(named_parameters)
         self._waiting = dict(named_parameters)
         self._looks = 0
+        self._over_ranks = over_ranks
         self._patience = patience
         self.report = GuardReport(parameters=len(named_parameters))
 
@@ -66,7 +74,8 @@ class GradientGuard:
             return
         self._looks += 1
         self._waiting = {name: self._waiting[name] for name in self._without_gradient()}
-        silent = [name for name in self._waiting if not self._is_zero_by_construction(name)]
+        zeros = self._zeros()
+        silent = [name for name in self._waiting if name not in zeros]
         experts = [name for name in self._waiting if self._has_busy_sibling(name)]
         tokens = [name for name in silent if _NEW_TOKENS.search(name)]
         missing = [name for name in silent if name not in experts and name not in tokens]
@@ -82,19 +91,24 @@ class GradientGuard:
             self._waiting = {}
 
     def _without_gradient(self) -> list[str]:
-        names = list(self._waiting)
-        with_gradient = [name for name in names if self._waiting[name].grad is not None]
-        if not with_gradient:
-            return names
-        # One transfer for all of them.
-        largest = torch.stack([self._waiting[name].grad.detach().abs().max().float().cpu() for name in with_gradient])  # pyright: ignore[reportOptionalMemberAccess]
-        seen = {name for name, value in zip(with_gradient, largest.tolist(), strict=True) if value > 0}
-        return [name for name in names if name not in seen]
+        gradients = [parameter.grad for parameter in self._waiting.values()]
+        return [name for name, seen in zip(self._waiting, self._any(gradients), strict=True) if not seen]
 
-    def _is_zero_by_construction(self, name: str) -> bool:
-        other = _other_of_pair(name)
-        partner = self._parameters.get(other) if other else None
-        return partner is not None and not bool(torch.count_nonzero(partner.detach()))
+    def _zeros(self) -> set[str]:
+        """The names of parameters that are zero by construction, because they are one of a pair and the other one is still all zero."""
+        pairs = {name: _other_of_pair(name) for name in self._waiting}
+        partners = sorted({other for other in pairs.values() if other in self._parameters})
+        at_work = self._any([self._parameters[other].detach() for other in partners])
+        idle = {other for other, any_value in zip(partners, at_work, strict=True) if not any_value}
+        return {name for name, other in pairs.items() if other in idle}
+
+    def _any(self, tensors: Sequence[torch.Tensor | None]) -> list[bool]:
+        """Whether each tensor has an element other than zero, on any rank. One transfer for all of them."""
+        if not tensors:
+            return []
+        largest = [tensor.detach().abs().max().float() if tensor is not None and tensor.numel() else None for tensor in tensors]
+        zero = torch.zeros(())
+        return [value > 0 for value in self._over_ranks(torch.stack([(zero if x is None else x).cpu() for x in largest])).tolist()]
 
     def _has_busy_sibling(self, name: str) -> bool:
         if not _EXPERT.search(name):

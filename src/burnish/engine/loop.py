@@ -29,15 +29,16 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from burnish.config.base import Duration
 from burnish.config.sections import Evaluation, Recovery, Save, Train
-from burnish.core.errors import CheckpointError, ConfigError, Interrupted, StorageError, TrainingError, Where
+from burnish.core.errors import CheckpointError, ConfigError, Elsewhere, Interrupted, StorageError, TrainingError, Where
 from burnish.core.log import info, warn
 from burnish.data.types import Batch, Source
-from burnish.engine import checkpoint, resume
+from burnish.engine import checkpoint, resume, shards
 from burnish.engine.backend import Backend, Trackers
 from burnish.engine.checkpoint import Checkpoint
 from burnish.engine.evaluation import early_stop, evaluate, judge
@@ -118,7 +119,7 @@ def train(job: Job) -> Outcome:
         MetricsLog(job.folder, after=state.step, evaluated=state.evaluated_step, active=job.backend.is_main) as log,
         TrainingProgress(state.total, done=state.step, active=job.backend.is_main) as progress,
         Requests(job.folder, active=job.backend.is_main) as requests,
-        Writer(job.checkpoints, keep=job.save.keep, background=job.save.background, active=job.backend.is_main) as writer,
+        _writer(job) as writer,
     ):
         memory = Memory(job.backend, job.source, stepper, state, job.recovery)
         run = _Run(job, state, stepper, memory, log, progress, requests, writer, saved_step=state.step if resumed_from else None)
@@ -137,7 +138,7 @@ def train(job: Job) -> Outcome:
                 with attempt:
                     for batch in begin_step(attempt.batches, job.objective, job.policy, job.backend):
                         with job.backend.autocast():
-                            loss = job.objective(job.policy, batch)
+                            loss = job.backend.compute(partial(job.objective, job.policy, batch))
                         stepper.accumulate(loss, batch)
             result = stepper.update()
             run.note(result, seconds=time.perf_counter() - began)
@@ -323,9 +324,11 @@ class _Run:
         self.save()
         self.writer.wait()
         self._tell_written()
-        self.job.backend.barrier()
+        failed = self.job.backend.any(self._save_error is not None)
         if self._save_error is not None:
             raise self._save_error
+        if failed:
+            raise Elsewhere("another rank could not write the checkpoint", exit_code=StorageError.exit_code)
 
     def _tell_written(self) -> None:
         """Says what became of the checkpoints that were being written."""
@@ -334,7 +337,6 @@ class _Run:
             if written.error is None:
                 self.events.on_save(self.state, written.folder)
                 continue
-            self._saved_step = None if self._saved_step == written.step else self._saved_step
             if not self.state.finished:
                 warn(f"{written.error}; training goes on, and the next checkpoint is tried when it is due")
 
@@ -367,7 +369,8 @@ class _Run:
         job, state = self.job, self.state
         self.writer.wait()
         self._tell_written()
-        folder = checkpoint.newest(job.checkpoints)
+        job.backend.barrier()
+        folder = _newest(job)
         if folder is None or state.rollbacks >= job.recovery.rollbacks:
             why = "there is no checkpoint yet" if folder is None else f"it has done so {job.recovery.rollbacks} times (recovery.rollbacks)"
             raise TrainingError(
@@ -405,7 +408,7 @@ class _Run:
         info(f"the weights are those of step {found.step}, where the eval loss was lowest ({self.state.best_loss:.4f})")
 
     def _take(self, folder: Path) -> Checkpoint:
-        found = checkpoint.load(folder)
+        found = shards.load(folder, self.job.backend.layout)
         resume.restore_weights(found, resume.weights_of(self.job.policy), folder)
         self.job.optimizer.load_state_dict(found.optimizer)  # a schedule-free optimiser makes the final weights from its state
         return found
@@ -416,13 +419,42 @@ class _Run:
         return due(every, self.state.step, **size, key=key)
 
 
+def _writer(job: Job) -> Writer:
+    backend, save = job.backend, job.save
+    return Writer(job.checkpoints, keep=save.keep, background=save.background, active=backend.is_main, sharding=backend.sharding)
+
+
+def _newest(job: Job) -> Path | None:
+    """The newest checkpoint that is whole, as the first rank finds it; the others must see the same one.
+
+    Raises:
+        CheckpointError: all are damaged, or a rank does not see it.
+    """
+    backend = job.backend
+    found: Path | CheckpointError | None = None
+    if backend.is_main:
+        try:
+            found = checkpoint.newest(job.checkpoints)
+        except CheckpointError as error:
+            found = error
+    found = backend.gather(found)[0]
+    if isinstance(found, CheckpointError):
+        raise found
+    missing = [rank for rank, sees in enumerate(backend.gather(found is None or found.is_dir())) if not sees]
+    if missing:
+        raise CheckpointError(
+            f"rank {missing[0]} does not see {found}, from which rank 0 goes on", hint="the run folder must be the same on all machines"
+        )
+    return found
+
+
 def _begin(job: Job, state: State, stepper: Stepper) -> Path | None:
     """Starts afresh, or goes on from the newest whole checkpoint and returns it."""
     job.backend.prepare(job.policy.model)
     job.policy.train()
     # From here on the random numbers belong to training alone, whatever loading and initialising drew.
     job.backend.seed(job.train.seed, per_rank=True)
-    folder = checkpoint.newest(job.checkpoints)
+    folder = _newest(job)
     if folder is None:
         return None
     if job.resume == "never":

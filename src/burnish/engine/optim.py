@@ -38,13 +38,16 @@ Group = dict[str, Any]
 Builder = Callable[[list[Group], OptimizerConfig], torch.optim.Optimizer]
 
 
-def build_optimizer(named_parameters: Mapping[str, nn.Parameter], train: Train, *, in_backward: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    named_parameters: Mapping[str, nn.Parameter], train: Train, *, in_backward: bool = False, sharded: bool = False
+) -> torch.optim.Optimizer:
     """The optimiser that the run file names, over parameter groups with their own rates and weight decay.
 
     Args:
         named_parameters: The trained parameters by full name; their order is the order of the groups.
         train: The section `train`.
         in_backward: Update each parameter within the backward pass (see `engine.combined.InBackward`).
+        sharded: The parameters are parts in memory that is not the optimiser's to move, so no flat buffers.
 
     Raises:
         ConfigError: a pattern of `train.rates` matches nothing, an option means nothing to this optimiser, the device lacks it, or
@@ -53,6 +56,7 @@ def build_optimizer(named_parameters: Mapping[str, nn.Parameter], train: Train, 
     """
     config = train.optimizer
     build, options = _OPTIMIZERS[config.kind]
+    build = _plain_adamw if sharded and build is _adamw else build
     _refuse_options_without_effect(config, options)
     groups = parameter_groups(named_parameters, train)
     if in_backward:
@@ -219,9 +223,13 @@ def _adamw(groups: list[Group], config: OptimizerConfig) -> torch.optim.Optimize
     An adapter's hundreds of small tensors are worth one buffer. Flat gradients stay in memory between steps, which is nothing for an
     adapter and as much as the weights for a whole model, whose tensors are large enough to be fast one by one.
     """
-    betas, eps = config.betas or (0.9, 0.999), config.eps
     if _is_adapter(groups):
-        return FlatAdamW(groups, betas=betas, eps=eps)
+        return FlatAdamW(groups, betas=config.betas or (0.9, 0.999), eps=config.eps)
+    return _plain_adamw(groups, config)
+
+
+def _plain_adamw(groups: list[Group], config: OptimizerConfig) -> torch.optim.Optimizer:
+    betas, eps = config.betas or (0.9, 0.999), config.eps
     # Fused: one kernel for all tensors of a group, on the CPU too.
     fused = _devices(groups) <= {"cpu", "cuda", "mps", "xpu"}
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused)

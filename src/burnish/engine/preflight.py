@@ -62,14 +62,25 @@ def tell_lone_answer(examples: int, batch_size: int | None) -> None:
 
 def announcement(policy: Policy, backend: Backend, steps: int) -> str:
     """What is about to happen, in one line."""
-    trained = sum(p.numel() for p in policy.trainable().values())
+    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     everything = sum(_size(p) for p in policy.model.parameters())
     devices = f"{backend.world_size} x " if backend.world_size > 1 else ""
     dtype = str(backend.compute_dtype).removeprefix("torch.")
     return (
         f"training {short(trained)} of {short(everything)} parameters ({trained / everything:.2%}) for {counted(steps, 'step')}"
-        f" on {devices}{backend.device.type}, in {dtype}"
+        f" on {devices}{backend.device.type}, in {dtype}{_sharing(backend)}"
     )
+
+
+def _sharing(backend: Backend) -> str:
+    """How several devices share the work, and why."""
+    if backend.world_size == 1:
+        return ""
+    sharding, said = backend.sharding, f", {backend.strategy}"
+    if sharding is not None:
+        said += f": weights in {sharding.shards} shards" + (f", {sharding.replicas} times" if sharding.replicas > 1 else "")
+        said += f", {sharding.replicated / 2**20:,.0f} MiB of quantised weights whole on each" if sharding.replicated else ""
+    return said + (f" ({backend.reason})" if backend.reason else "")
 
 
 def without_c(device: torch.device) -> str:

@@ -222,14 +222,14 @@ def precompute(
 
 def _logprobs(policy: Policy, examples: Sequence[Example], backend: Backend) -> Floats:
     """Log-probabilities [K] of the targets, by the policy as it is, without dropout."""
-    if not examples:
+    if not examples and not backend.sharded:  # ranks that gather weights together all compute, be it a placeholder
         return np.zeros(0, np.float32)
     batch = collate(examples, step_weight=1.0).to(backend.device)
     training = policy.model.training
     policy.eval()
     try:
         with torch.no_grad(), backend.autocast():
-            return policy.token_stats(batch).logprobs.float().cpu().numpy()
+            return backend.compute(lambda: policy.token_stats(batch).logprobs).float().cpu().numpy()
     finally:
         policy.train(training)
 

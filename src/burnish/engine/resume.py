@@ -17,7 +17,7 @@ from burnish.config.run import RunConfig
 from burnish.core.errors import CheckpointError
 from burnish.core.log import warn
 from burnish.data.types import Source
-from burnish.engine import checkpoint, rng
+from burnish.engine import checkpoint, rng, shards
 from burnish.engine.backend import Backend
 from burnish.engine.checkpoint import Checkpoint, flatten, unflatten
 from burnish.engine.events import State
@@ -138,7 +138,7 @@ def restore(
     Raises:
         CheckpointError: the checkpoint is damaged, or belongs to a longer run or one with other settings, other data or other parameters.
     """
-    found = checkpoint.load(folder)
+    found = shards.load(folder, backend.layout)
     trainer = found.trainer
     if not force:  # or it has been said before anything was loaded
         _refuse_another_run(folder, trainer, identity)

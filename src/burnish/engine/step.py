@@ -63,7 +63,7 @@ def begin_step(batches: Iterable[Batch], objective: Objective, policy: Any, back
         return moved
     whole = list(moved)
     with backend.autocast():
-        objective.begin_step(policy, whole, backend.sums)
+        backend.compute(lambda: objective.begin_step(policy, whole, backend.sums))
     return whole
 
 
@@ -102,7 +102,7 @@ class Stepper:
         if isinstance(optimizer, InBackward):
             self._refuse_what_needs_all_gradients()
             self._witnesses = {name: Witness(parameter) for name, parameter in named_parameters.items()}
-        self.guard = GradientGuard(self._witnesses or named_parameters)
+        self.guard = GradientGuard(self._witnesses or named_parameters, over_ranks=backend.largest)
         self.step = 0
         self.skipped = 0
         self._skipped_in_a_row = 0
@@ -121,9 +121,10 @@ class Stepper:
         scale = self.backend.loss_scale.scale if self.backend.loss_scale else 1.0
         if isinstance(self.optimizer, InBackward):
             self._begin_in_backward(batch)
+        self.backend.before_backward(batch.last)
         if loss.sum.requires_grad:
             (loss.sum * (share * scale)).backward()
-        elif batch.weight:  # a placeholder of a rank without examples may be cut off
+        elif batch.weight or self.backend.sharded:  # a placeholder of a rank without examples may be cut off
             raise TrainingError(
                 "the loss depends on no trained parameter", hint="check the adapter's targets and what the objective returns"
             )
@@ -227,7 +228,7 @@ class Stepper:
             self.backend.average_gradients(self.optimizer.flat_parameters())
             return self.optimizer.gradient_norm()
         self.backend.average_gradients(self.parameters)
-        return get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return self.backend.norm(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
 
     @torch.no_grad()
     def _apply(self, norm: float, scale: float, multiplier: float) -> None:

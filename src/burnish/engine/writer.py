@@ -23,7 +23,8 @@ import torch
 
 from burnish.core.errors import StorageError
 from burnish.core.log import warn
-from burnish.engine import checkpoint
+from burnish.engine import checkpoint, shards
+from burnish.engine.backend_fsdp import Sharding
 from burnish.engine.checkpoint import Checkpoint, flatten, unflatten
 from burnish.models.activations import free_memory
 
@@ -53,15 +54,27 @@ class Writer:
         keep: How many stay, see `checkpoint.prune`.
         background: Write in a thread, where memory has room for a copy.
         active: False on ranks that do not write.
-        delays: Seconds before each new attempt on storage that hesitates.
+        sharding: Where the weights lie in shards: then every rank writes its own, and the first one deletes.
+        delays: Seconds before each new attempt on storage that hesitates. Ranks that write together make one attempt.
     """
 
-    def __init__(self, root: Path, *, keep: int, background: bool = True, active: bool = True, delays: Sequence[float] = _DELAYS) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep: int,
+        background: bool = True,
+        active: bool = True,
+        sharding: Sharding | None = None,
+        delays: Sequence[float] = _DELAYS,
+    ) -> None:
         self._root = root
         self._keep = keep
         self._background = background
-        self._active = active
-        self._delays = delays
+        self._active = active or sharding is not None
+        self._prunes = active
+        self._sharding = sharding
+        self._delays = delays if sharding is None else ()
         self._thread: threading.Thread | None = None
         self._results: list[Written] = []
 
@@ -98,7 +111,10 @@ class Writer:
         target = checkpoint.folder_of(self._root, content.step)
         for delay in (*self._delays, None):
             try:
-                target = checkpoint.save(self._root, content)
+                if self._sharding is None:
+                    checkpoint.save(self._root, content)
+                else:
+                    shards.save(self._root, content, self._sharding)
             except StorageError as error:
                 if delay is not None and _is_passing(error):
                     warn(f"{error}; once more in {delay:g} s")
@@ -108,7 +124,8 @@ class Writer:
                 return
             break
         try:
-            checkpoint.prune(self._root, keep=self._keep, best=best)
+            if self._prunes:
+                checkpoint.prune(self._root, keep=self._keep, best=best)
         except OSError as error:  # the new one is there; that an old one stays harms nobody
             warn(f"an old checkpoint in {self._root} could not be deleted: {error}")
         self._results.append(Written(content.step, target))

@@ -10,7 +10,7 @@ GGUF) only, because the older pickle files can run code when they are read; and 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -96,6 +97,28 @@ def load_model(
     return loaded
 
 
+def count_parameters(model: Model) -> int:
+    """How many weights a model has, told by its configuration alone."""
+    place = locate(model.path)
+    with reading(model.path), quiet(), torch.device("meta"):
+        if place.kind == "gguf":
+            from burnish.models.gguf import GGUFFile
+            from burnish.models.gguf_weights import read_config
+
+            made: Any = AutoModelForCausalLM.from_config(read_config(GGUFFile(place.path)))
+        else:
+            options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+            config: Any = AutoConfig.from_pretrained(place.path, **options)
+            made = _loader_of(config.architectures).from_config(config, trust_remote_code=model.trust_remote_code)
+    return sum(parameter.numel() for parameter in made.parameters())
+
+
+def stored_bytes(model: Model, compute_dtype: torch.dtype) -> float:
+    """Bytes of each frozen weight as it is stored."""
+    quantized = {"nf4": 0.5 + 0.13 / 8, "int8": 1.0, "fp8": 1.0}  # nf4 has a scale for 64 weights (2305.14314, section 3)
+    return quantized.get(model.quantize) or _DTYPES.get(model.dtype, compute_dtype).itemsize
+
+
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, new_tokens: Iterable[str] = ()) -> None:
     """Gives every token of the tokenizer an embedding. The rows of `new_tokens` start as the mean of all old rows.
 
@@ -152,11 +175,15 @@ def _from_folder_or_hub(model: Model, place: Location, options: dict[str, Any]) 
     else:
         _check_weight_files(Path(place.path))
     config, _ = PreTrainedConfig.get_config_dict(place.path, revision=model.revision)
-    named = str(next(iter(config.get("architectures") or ()), ""))
-    loader: Any = next((kind for ending, kind in _SCORERS.items() if named.endswith(ending)), AutoModelForCausalLM)
-    return loader.from_pretrained(
+    return _loader_of(config.get("architectures")).from_pretrained(
         place.path, revision=model.revision, trust_remote_code=model.trust_remote_code, use_safetensors=True, **options
     )
+
+
+def _loader_of(architectures: Sequence[str] | None) -> Any:
+    """The class that loads models of such a kind."""
+    named = str(next(iter(architectures or ()), ""))
+    return next((kind for ending, kind in _SCORERS.items() if named.endswith(ending)), AutoModelForCausalLM)
 
 
 def _check_weight_files(folder: Path) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, TypeGuard, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 import torch.nn.functional as functional
@@ -43,6 +43,17 @@ _MEASURED = 64
 """Tokens that activations are measured on."""
 _TYPICAL = 256
 """Tokens of a segment that compiled layers are tried on."""
+
+
+class Shards(Protocol):
+    """What a policy knows of weights that lie in shards on several ranks (satisfied by `engine.backend_fsdp.Sharding`)."""
+
+    trained: dict[str, nn.Parameter]
+    """This rank's part of each trained weight."""
+
+    def rewriting(self) -> AbstractContextManager[None]:
+        """Inside, their values may be changed."""
+        ...
 
 
 class Policy:
@@ -78,6 +89,7 @@ class Policy:
         )
         self._refer = False
         self._kept: dict[str, torch.Tensor] = {}
+        self._shards: Shards | None = None
         self._noise = _EmbeddingNoise()
         self._casts = Casts()
         self._offloaded: Collection[int] | None = None
@@ -186,7 +198,14 @@ class Policy:
 
     @contextmanager
     def _exchanged(self) -> Generator[None]:
-        """Inside, the trained weights have the kept values. Pointers are exchanged, nothing is copied."""
+        """Inside, the trained weights have the kept values. Pointers are exchanged, nothing is copied; contents, where these are shards."""
+        if self._shards is not None:
+            self._exchange_contents(self._shards)
+            try:
+                yield
+            finally:
+                self._exchange_contents(self._shards)
+            return
         trained = {name: parameter.data for name, parameter in self.trainable().items()}
         try:
             for name, parameter in self.trainable().items():
@@ -196,9 +215,29 @@ class Policy:
             for name, parameter in self.trainable().items():
                 parameter.data = trained[name]
 
+    def _exchange_contents(self, shards: Shards) -> None:
+        with torch.no_grad(), shards.rewriting():
+            for name, parameter in shards.trained.items():
+                trained = parameter.detach().clone()
+                parameter.copy_(self._kept[name])
+                self._kept[name].copy_(trained)
+
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Every parameter that is trained, by its name in `model`. Tied parameters appear once."""
+        """Every parameter that is trained, by its name in `model`. Tied parameters appear once. Of shards, those of this rank."""
+        if self._shards is not None:
+            return dict(self._shards.trained)
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The model's layers, where they are known."""
+        whole = self.anatomy.whole
+        return activations.layers_of(whole) if whole.supports_gradient_checkpointing else []
+
+    def hold_shards(self, shards: Shards) -> None:
+        """From now on `model` has its weights only while it computes, and `trainable` tells the parts that are here."""
+        self._shards = shards
+        self._casts = Casts(())  # what was asked for last time is not there between two calls
 
     @property
     def device(self) -> torch.device:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from pydantic import ValidationError
 
+from burnish.config.sections import Parallel
 from burnish.core.errors import ConfigError, DependencyError, TrainingError
 from burnish.engine import backend as module
 from burnish.engine.backend import Backend, Trackers, resolve_precision
@@ -79,9 +81,14 @@ def test_a_group_that_does_not_form_is_an_error(monkeypatch: pytest.MonkeyPatch)
         Backend(cpu=True)
 
 
+def test_one_process_shares_nothing_out():
+    backend = Backend(parallel=Parallel(strategy="fsdp"), cpu=True)
+    assert (backend.strategy, backend.sharded, backend.shards, backend.layout) == ("none", False, 1, {})
+
+
 def test_a_strategy_that_is_not_there_is_refused():
-    with pytest.raises(ConfigError, match="'fsdp' is not available yet"):
-        Backend(strategy="fsdp", cpu=True)
+    with pytest.raises(ValidationError, match="'auto', 'none', 'ddp', 'fsdp' or 'hsdp'"):
+        Parallel.model_validate({"strategy": "deepspeed"})
 
 
 def test_seeds():

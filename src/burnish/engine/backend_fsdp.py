@@ -1,0 +1,209 @@
+"""Weights in shards (FSDP2 and HSDP): each rank keeps a part of every weight, of its gradient and of its optimiser state.
+
+    root        embeddings, final norm, head: whole while an objective runs and until its backward pass is over
+    layers      one unit each: gathered when the model comes to it, given back after it, gathered again in the backward pass
+
+A weight is cut along its first dimension into as many equal parts as there are shards; the last ones may be smaller, or empty. `trained`
+holds this rank's parts as ordinary parameters in the memory that torch gathers from: optimisers, checkpoints and copies work on them
+without knowing of ranks, as long as they treat every element by itself.
+
+HSDP: the ranks form groups of `shards` neighbours. Each group holds the whole model in shards, and gradients are averaged over the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from burnish.objectives.base import Loss
+
+__all__ = ["Part", "Sharding"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The rows `start` to `stop` of a tensor of `shape`."""
+
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class _Root(nn.Module):
+    """Runs whatever it is called with, in the reach of its hooks: an objective calls the body and the head, not the model's forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, call: Callable[[], Any]) -> Any:
+        return call()
+
+
+class Sharding:
+    """Cuts a model into shards, in place. All ranks take part, in every method.
+
+    Args:
+        model: With the same weights on every rank. It may lie on the host; its shards go to `device`.
+        layers: The modules of it that are gathered one at a time.
+        device: Where the model computes.
+        shards: Ranks that share one copy of the model; a divisor of the number of ranks.
+        offload: Keep the shards, their gradients and the optimiser's state in the host's memory.
+        reshard: Give layers back after the forward pass. Without, they stay whole until the backward pass is over: less traffic, and as
+            much memory as whole weights.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[nn.Module], device: torch.device, *, shards: int, offload: bool, reshard: bool
+    ) -> None:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.shards, self.replicas = shards, world // shards
+        self.shard, self.replica = rank % shards, rank // shards
+        self.is_main = rank == 0
+        names, sizes = (("replicas", "shards"), (self.replicas, shards)) if self.replicas > 1 else (("shards",), (shards,))
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+        policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload else OffloadPolicy()
+        # Weights that are codes cannot be cut: they stay whole on every rank.
+        codes = {parameter for parameter in model.parameters() if parameter.dtype.itemsize == 1}
+        self.replicated = sum(parameter.nbytes for parameter in codes)
+        options: dict[str, Any] = {"mesh": mesh, "offload_policy": policy, "ignored_params": codes}
+        for layer in layers:
+            fully_shard(layer, reshard_after_forward=reshard, **options)
+        self._units = [cast(FSDPModule, layer) for layer in layers]
+        self._root: Any = fully_shard(_Root(model), reshard_after_forward=False, **options)
+        self._device = device
+        self._group = mesh["shards"].get_group() if self.replicas > 1 else mesh.get_group()
+        # Of their own, so that a thread that saves does not meet what the training sends.
+        members = [[first + place for place in range(shards)] for first in range(0, world, shards)]
+        self._hosts = [dist.new_group(ranks, backend="gloo") for ranks in members][self.replica]
+        self._everyone = dist.new_group(backend="gloo")
+        self.run(lambda: None)  # from here on the shards lie where they will always lie
+        self._model = model
+        self._wholes = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.trained = {name: nn.Parameter(_local(whole)) for name, whole in self._wholes.items()}
+        self.layout = {name: self._part(whole) for name, whole in self._wholes.items()}
+
+    def run(self, call: Callable[[], T]) -> T:
+        """Calls `call`, which may call any part of the model. What it returns may be differentiated: a Loss, or a tensor."""
+        made: list[T] = []
+
+        def forward() -> list[torch.Tensor]:
+            made.append(call())
+            return [value.sum] if isinstance(value := made[0], Loss) else [value] if isinstance(value, torch.Tensor) else []
+
+        outputs = self._root(forward)
+        if not any(output.requires_grad for output in outputs):  # no backward pass will do it
+            self._reshard()
+        return made[0]
+
+    def before_backward(self, last: bool) -> None:
+        """Called before each backward pass of a step: between the groups of HSDP the last one sends for all."""
+        if self.replicas > 1:
+            self._root.set_requires_all_reduce(last)
+
+    def collect(self) -> None:
+        """Moves the gradients, which are means over the ranks, to `trained`."""
+        for name, whole in self._wholes.items():
+            self.trained[name].grad = None if whole.grad is None else _local(whole.grad)
+            whole.grad = None
+
+    def norm(self, local: torch.Tensor) -> torch.Tensor:
+        """The norm of all shards from that of this rank's."""
+        total = local.detach().to(self._device).double().square()
+        dist.all_reduce(total, group=self._group)
+        return total.sqrt()
+
+    def largest(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest of each value over the ranks."""
+        values = values.to(self._device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order, by a way that a thread may use while the model trains."""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self._everyone)
+        return values
+
+    @contextmanager
+    def rewriting(self) -> Generator[None]:
+        """Inside, which may be within `run`, the values of `trained` may be changed."""
+        self._reshard()
+        yield
+        self._root.unshard()
+
+    @contextmanager
+    def whole(self, frozen: bool) -> Generator[None]:
+        """Inside, the model of rank 0 has whole weights in the host's memory: the trained ones, and the `frozen` ones too if wanted.
+
+        They are gathered tensor by tensor, so that nobody ever holds more than one copy beside the shards. Nobody may call the model.
+        """
+        self._reshard()
+        wholes: dict[int, nn.Parameter] = {}
+        for parameter in self._model.parameters():
+            if isinstance(parameter, DTensor) and (frozen or parameter.requires_grad) and self.replica == 0:
+                found = self._gathered(parameter)
+                if found is not None:
+                    wholes[id(parameter)] = nn.Parameter(found, requires_grad=parameter.requires_grad)
+        places = [
+            (owner, name, parameter, wholes[id(parameter)])
+            for owner in self._model.modules()
+            for name, parameter in owner._parameters.items()
+            if parameter is not None and id(parameter) in wholes
+        ]
+        for owner, name, _, found in places:
+            owner._parameters[name] = found
+        try:
+            yield
+        finally:
+            for owner, name, parameter, _ in places:
+                owner._parameters[name] = parameter
+
+    def _gathered(self, parameter: Any) -> torch.Tensor | None:
+        """The whole tensor on rank 0."""
+        local, rows = _local(parameter).cpu(), self._rows(parameter.shape[0])
+        padded = local.new_zeros(rows, *local.shape[1:])
+        padded[: local.shape[0]] = local
+        parts = [torch.empty_like(padded) for _ in range(self.shards)] if self.shard == 0 else None
+        dist.gather(padded, parts, group=self._hosts, group_dst=0)  # pyright: ignore[reportArgumentType]
+        return None if parts is None else torch.cat(parts)[: parameter.shape[0]]
+
+    def _rows(self, rows: int) -> int:
+        """Of a shard that is full."""
+        return -(-rows // self.shards)
+
+    def _part(self, whole: Any) -> Part:
+        rows, full = whole.shape[0], self._rows(whole.shape[0])
+        start = min(self.shard * full, rows)
+        part = Part(tuple(whole.shape), start, min(start + full, rows))
+        assert part.stop - part.start == _local(whole).shape[0]
+        return part
+
+    def _reshard(self) -> None:
+        for unit in self._units:
+            unit.reshard()
+        # While the root runs it would rather stay whole.
+        self._root.set_reshard_after_forward(True, recurse=False)
+        self._root.reshard()
+        self._root.set_reshard_after_forward(False, recurse=False)
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    """This rank's part of a DTensor, in the same memory."""
+    return tensor.detach().to_local()
+
+
+def local_part(layout: Mapping[str, Part], name: str) -> Part | None:
+    """The part that this rank has of a trained weight, or of the reference's copy of it; None where it has all of it."""
+    return layout.get(name.removeprefix("reference/"))
