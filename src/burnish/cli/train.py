@@ -26,8 +26,9 @@ def main(file: Path, overrides: Sequence[str]) -> None:
         from burnish.run import Run
 
     run = Run(config, base=file.resolve().parent)
-    if model := run.finished:
-        info(f"already finished after {run.total_steps:,} steps: {model}  report: {run.folder / 'report.html'}")
-        info("to go on, ask for more epochs or steps; to begin anew, choose another output folder")
-        return
-    run.train()
+    with launcher.cause_first():
+        if model := run.finished:
+            info(f"already finished after {run.total_steps:,} steps: {model}  report: {run.folder / 'report.html'}")
+            info("to go on, ask for more epochs or steps; to begin anew, choose another output folder")
+            return
+        run.train()
