@@ -29,7 +29,6 @@ from typing import IO
 from burnish.config.sections import Parallel
 from burnish.core.errors import BurnishError, ConfigError, TrainingError, Where
 from burnish.core.log import LAUNCHER, info, notice, print_error
-from burnish.data.workers import cores
 from burnish.engine.rendezvous import Board, serve, verdict
 
 __all__ = ["adopt_slurm", "cause_first", "follow_launcher", "is_launched", "launch", "processes"]
@@ -307,6 +306,8 @@ def _obituary(group: _Group, folder: Path, *, last: bool) -> TrainingError:
 
 def _environment(rank: int, count: int, port: int, attempt: int, line: int) -> dict[str, str]:
     """What torchrun would set, and how many threads a rank may use."""
+    from burnish.data.workers import cores  # imports pyarrow, which a mistake in the run file need not wait for
+
     ours = {
         "RANK": rank,
         "LOCAL_RANK": rank,
