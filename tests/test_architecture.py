@@ -55,6 +55,12 @@ def test_an_outside_library_has_one_door(library: str) -> None:
     assert not strangers, f"{library} is imported in {sorted(strangers)}, its door is {sorted(DOORS[library])}"
 
 
+def test_processes_speak_to_each_other_through_two_doors() -> None:
+    """Collectives in the backend, notes in the rendezvous."""
+    users = {name(path) for path in SOURCES if "torch.distributed" in path.read_text()}
+    assert {user for user in users if not user.startswith(("engine/backend", "engine/rendezvous"))} == set()
+
+
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_light_modules_stay_light(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"

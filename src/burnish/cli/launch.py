@@ -28,6 +28,7 @@ class Job:
     name: str
     processes: int  # of each machine
     restarts: int
+    folder: str  # the run folder
 
     @property
     def command(self) -> str:
@@ -49,7 +50,7 @@ def main(
     config = load_run(file, overrides).config
     processes = gpus or (1 if config.parallel.processes == "auto" else config.parallel.processes)
     name = "".join(letter if letter.isalnum() else "-" for letter in Path(config.output).name).strip("-") or "run"
-    job = Job(file, overrides, nodes, gpus, gpu, time, name, processes, config.parallel.restarts)
+    job = Job(file, overrides, nodes, gpus, gpu, time, name, processes, config.parallel.restarts, config.output)
     write, start = KINDS[kind]
     text = write(job)
     if output is None:
@@ -93,7 +94,9 @@ exit "$code"
 
 def ray(job: Job) -> str:
     """A script for Ray Train. Ray's workers find each other; burnish sees what torchrun would have set."""
-    arguments = ", ".join(repr(text) for text in [str(job.file.resolve()), *job.overrides])
+    # Workers have a working directory of Ray's own.
+    overrides = [*(text for text in job.overrides if not text.startswith("output=")), f"output={job.folder}"]
+    arguments = ", ".join(repr(text) for text in [str(job.file.resolve()), *overrides])
     resources = "use_gpu=True" if job.gpus else "use_gpu=False"
     return f'''"""Trains {job.file.name} with Ray Train: python THIS_FILE, or ray job submit -- python THIS_FILE.
 
@@ -131,8 +134,7 @@ def sky(job: Job) -> str:
         raise BurnishError(f"{job.file} is not below {here}, which is what SkyPilot copies to the machines", hint="start from its folder")
     command = shlex.join(["train", str(job.file.resolve().relative_to(here)), *job.overrides])
     resources = f"accelerators: {{{job.gpu}: {job.gpus}}}" if job.gpus else "cpus: 8+"
-    return f"""# {job.nodes} x {job.processes} processes on any cloud. On spot machines (sky jobs launch)
-# the run folder belongs on a mounted bucket.
+    return f"""# {job.nodes} x {job.processes} processes. On spot machines (sky jobs launch) the run folder belongs on a mounted bucket.
 name: burnish-{job.name.lower()}
 num_nodes: {job.nodes}
 resources:

@@ -35,8 +35,9 @@ def _train(config: RunConfig, base: Path) -> None:
         from burnish.run import Run
 
     run = Run(config, base=base)
-    if model := run.finished:
-        info(f"already finished after {counted(run.total_steps, 'step')}: {model}  report: {run.folder / 'report.html'}")
-        info("to go on, ask for more epochs or steps; to begin anew, choose another output folder")
-        return
-    run.train()
+    with launcher.cause_first():
+        if model := run.finished:
+            info(f"already finished after {counted(run.total_steps, 'step')}: {model}  report: {run.folder / 'report.html'}")
+            info("to go on, ask for more epochs or steps; to begin anew, choose another output folder")
+            return
+        run.train()

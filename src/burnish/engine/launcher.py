@@ -27,17 +27,17 @@ from types import FrameType, TracebackType
 from typing import IO
 
 from burnish.config.sections import Parallel
-from burnish.core.errors import ConfigError, TrainingError, Where
+from burnish.core.errors import BurnishError, ConfigError, TrainingError, Where
 from burnish.core.log import LAUNCHER, info, notice, print_error
-from burnish.data.workers import cores
 from burnish.engine.rendezvous import Board, serve, verdict
 
-__all__ = ["adopt_slurm", "follow_launcher", "is_launched", "launch", "processes"]
+__all__ = ["adopt_slurm", "cause_first", "follow_launcher", "is_launched", "launch", "processes"]
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PATIENCE = {2: 20.0, 3: 300.0}
 """Seconds that the others have for ending as the first has: with the same complaint, or with the same checkpoint."""
 _TAIL = 40  # lines of a dead rank that are shown
+_MOMENT = 3.0  # seconds
 _KEPT = 20_000  # lines of a rank that wait in memory for the run folder to be made
 
 
@@ -306,6 +306,8 @@ def _obituary(group: _Group, folder: Path, *, last: bool) -> TrainingError:
 
 def _environment(rank: int, count: int, port: int, attempt: int, line: int) -> dict[str, str]:
     """What torchrun would set, and how many threads a rank may use."""
+    from burnish.data.workers import cores  # imports pyarrow, which a mistake in the run file need not wait for
+
     ours = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -343,6 +345,23 @@ def follow_launcher(environ: Mapping[str, str] = os.environ) -> None:
     line = environ.get(LAUNCHER)
     if line is not None:
         threading.Thread(target=_stop_at_the_end_of, args=(int(line),), daemon=True).start()
+
+
+@contextmanager
+def cause_first(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Holds back the end of a rank that fails, a moment long.
+
+    When a rank dies, the others fail too, at once, because it is gone. Their launcher stops them in this moment, before they print a
+    traceback that explains nothing.
+    """
+    try:
+        yield
+    except BurnishError:
+        raise
+    except Exception:
+        if LAUNCHER in environ:
+            time.sleep(_MOMENT)
+        raise
 
 
 def _stop_at_the_end_of(line: int) -> None:

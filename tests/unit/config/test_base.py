@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from burnish.config.base import Duration, Kind, LongForm, OneOrMany, read_tokens, read_warmup
-from burnish.config.sections import Model, Optimizer, Schedule, Source, Train
+from burnish.config.sections import Model, Optimizer, Parallel, Schedule, Source, Train
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,17 @@ def test_tokens_may_be_scaled(written: object, tokens: int) -> None:
 def test_bad_amounts_of_tokens_are_refused(written: object) -> None:
     with pytest.raises(ValidationError):
         Train(tokens=written)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("written", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), (20, 20), (0.5, 0.5), (" 2 m ", 120)])
+def test_a_time_may_carry_its_unit(written: object, seconds: float) -> None:
+    assert Parallel.model_validate({"timeout": written}).timeout == seconds
+
+
+@pytest.mark.parametrize("written", ["", "30", "30 min", "-1s", "0s", 0, -3, True, None, "2d"])
+def test_what_is_no_time_is_refused(written: object) -> None:
+    with pytest.raises(ValidationError):
+        Parallel.model_validate({"timeout": written})
 
 
 def test_a_warmup_is_a_share_a_number_of_steps_or_a_duration() -> None:

@@ -33,6 +33,8 @@ Message = Callable[..., str]
         ("update_in_backward_knows_no_overflow", ["train.optimizer={in_backward: true}", "train.clip=null", "train.precision=float16"], "before float16 gradients are searched for overflow; take another train.precision"),
         ("offloading_recomputes", ["train.offload_activations=true", "train.checkpoint_activations=off"], "needs train.checkpoint_activations: on"),
         ("stream_needs_length", ["data.streaming=true"], "command line: data.streaming does not know how long an epoch is; give train.steps or train.tokens instead of epochs"),
+        ("one_process_is_one", ["parallel.processes=2", "parallel.strategy=none"], "command line: parallel.processes: parallel.strategy: none means one process, parallel.processes is 2; leave one of them out"),
+        ("restarts_go_on", ["parallel.restarts=1", "resume=never"], "command line: parallel.restarts goes on from the last checkpoint, which resume: never refuses; leave one of them out"),
         ("stream_cannot_be_split", ["data.streaming=true", "train.steps=5", "data.eval=0.1"], "command line: data.eval: 0.1 is a share of rows that data.streaming cannot count; name a data set for it"),
         ("share_holds_a_row", ["data.train={path: rows.jsonl, limit: 9}", "data.eval=0.05"], "command line: data.eval: 0.05 of at most 9 rows holds out none"),
         ("sample_needs_limit", ["data.train.sample=true"], "needs limit, the number of rows to take"),

@@ -22,7 +22,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -175,16 +175,19 @@ def _folder() -> Generator[Path]:
 
 @contextmanager
 def _turn(file: Path) -> Generator[None]:
-    """Waits while another process builds the same file; where locks do not work, several build it, and each is whole."""
+    """Waits while another process builds the same file; where locks do not work, several build it, and each is whole.
+
+    The lock's file does not stay. Whoever still waits on it finds the library built.
+    """
     lock = filelock.FileLock(f"{file}.lock", timeout=_TIMEOUT)
-    try:
+    with suppress(OSError, filelock.Timeout, NotImplementedError):
         lock.acquire()
-    except (OSError, filelock.Timeout, NotImplementedError):
-        pass
     try:
         yield
     finally:
         lock.release()
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _is_ours(file: Path) -> bool:

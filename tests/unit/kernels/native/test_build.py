@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -225,3 +227,15 @@ def test_openmp_is_torchs_own(tmp_path: Path) -> None:
 
 def test_symbols_of_the_kernels_stay_their_own() -> None:
     assert not hasattr(ctypes.CDLL(None), "burnish_adamw")
+
+
+def test_processes_that_want_it_at_once_build_it_once(sources: Path, compiled: list[Path], tmp_path: Path) -> None:
+    started = threading.Barrier(4)
+
+    def want() -> int:
+        started.wait(60)
+        return build.load().answer()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [job.result(60) for job in [pool.submit(want) for _ in range(4)]] == [42] * 4
+    assert len(compiled) == 1 and cached(tmp_path) == compiled

@@ -1,0 +1,85 @@
+"""Who is named when nothing moves, and that a move is one. Real ranks that hang: tests/faults/test_launching.py."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from burnish.engine import watchdog
+from burnish.engine.events import State
+from burnish.engine.watchdog import Sign, Watchdog, culprits
+
+
+def signs(**changes: tuple[int, ...]) -> dict[int, Sign]:
+    plain = [Sign(rank, 100 + rank, "host", beat=5, moves=3, collectives=7, step=2, place="here") for rank in range(4)]
+    return {sign.rank: replace(sign, **{key: values[sign.rank] for key, values in changes.items()}) for sign in plain}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"beat": (9, 9, 5, 9)}, [2]),  # its process is stopped
+        ({"beat": (9, 9, 5, 5)}, [2, 3]),  # a machine is gone
+        ({"beat": (9, 9, 9, 9), "collectives": (8, 8, 8, 7)}, [3]),  # it hangs by itself
+        ({"beat": (9, 5, 9, 9), "collectives": (8, 8, 8, 7)}, [1]),  # what is stopped comes first
+        ({"beat": (9, 9, 9, 9)}, []),  # all wait at the same place
+    ],
+)
+def test_who_is_named(changes: dict[str, tuple[int, ...]], named: list[int]) -> None:
+    assert culprits(signs(), signs(**changes), 4) == named
+
+
+def test_a_rank_that_never_gave_a_sign_is_named() -> None:
+    first, second = signs(), signs(beat=(9, 9, 9, 9))
+    del first[1], second[1]
+    assert culprits(first, second, 4) == [1]
+
+
+def test_a_single_process_is_not_watched(tmp_path: Path) -> None:
+    before = threading.active_count()
+    dog = Watchdog(0, 1, timeout=1.0, folder=tmp_path)
+    dog.start()
+    assert threading.active_count() == before
+    dog.stop()
+
+
+def test_what_is_a_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dog = Watchdog(0, 2, timeout=1.0, folder=tmp_path)
+    frame = sys._getframe()
+    monkeypatch.setattr(watchdog.sys, "_current_frames", lambda: {threading.main_thread().ident: frame})
+    monkeypatch.setattr(watchdog, "_standing", lambda frame: ())  # this test itself moves
+
+    def moves() -> bool:
+        sign = dog._sign()
+        moved = sign.moves != dog._moves
+        dog._moves = sign.moves
+        return moved
+
+    assert moves() and not moves() and not moves()
+    dog.on_step_end(State(total=5, step=3), None)  # pyright: ignore[reportArgumentType]
+    assert moves() and not moves() and dog._sign().step == 3
+    batches = dog.counted([1, 2])
+    assert next(batches) == 1 and moves() and not moves()
+    monkeypatch.setattr(watchdog, "collectives", lambda: 9)
+    assert moves() and not moves()
+
+
+def test_a_thread_that_stands_still_looks_the_same() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def work() -> None:
+        inside.set()
+        leave.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    inside.wait()
+    frames = [watchdog._standing(sys._current_frames()[thread.ident or 0]) for _ in range(50)]
+    # Right after `inside.set()` the thread is still on its way to the next line.
+    assert frames[-1] == frames[-2] and len(frames[-1]) >= 3
+    leave.set()
+    thread.join()
