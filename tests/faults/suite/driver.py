@@ -23,6 +23,7 @@ What is done there:
     limit:150000            no file may grow beyond; -1: as it was
     fill, unfill            not a byte is free on the run folder's disk
     clock, vanish           the time of day jumps ten years back; the run folder is moved away
+    ask:STOP                a file of this name in the run folder
     note                    a line in the file `points`
 """
 
@@ -98,6 +99,7 @@ class Injector:
             "signal": lambda: os.kill(os.getpid(), getattr(signal, argument)),
             "sleep": lambda: time.sleep(float(argument or 3600)),
             "clock": _jump,
+            "ask": lambda: Path("run", argument).touch(),
             "vanish": lambda: os.rename("run", "run.moved"),
             "limit": lambda: _limit(int(argument)),
             "fill": _fill,

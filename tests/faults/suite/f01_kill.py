@@ -35,7 +35,7 @@ def tries(seed: int = 0, *, short: bool = False) -> Iterator[Try]:
                 f"{kind}: kill -9 in {phase} {occurrence}",
                 lambda lab, k=kind, p=phase, n=occurrence, d=delay: in_phase(lab, k, p, n, d),
             )
-    operations = sorted(draw.sample(range(1, OPERATIONS + 1), 5 if short else OPERATIONS))
+    operations = sorted(draw.sample(range(1, OPERATIONS + 1), 3 if short else OPERATIONS))
     for how, what in (("kill", "kill -9"), ("powercut", "power cut")):
         for n in operations:
             yield Try("F1", f"{what} at file operation {n} of saving", lambda lab, n=n, how=how: at_operation(lab, "lora", n, how))

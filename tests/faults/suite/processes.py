@@ -115,10 +115,10 @@ def driven(faults: Sequence[Mapping[str, Any]], *words: str) -> list[str]:
     return [str(DRIVER), json.dumps(list(faults)), *words]
 
 
-def torchrun(processes: int, *words: str, restarts: int = 0) -> list[str]:
+def torchrun(processes: int, *words: str) -> list[str]:
     """Several processes of one script on this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*launcher, "--max-restarts", str(restarts), *words]
+    return [*launcher, *words]
 
 
 _count = iter(range(10**6))
