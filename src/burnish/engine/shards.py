@@ -114,10 +114,11 @@ def load(folder: Path, layout: Mapping[str, Part]) -> Checkpoint:
     names = _parameter_names(structure)
     with ExitStack() as stack:
         weights, state = (_open(folder, kind, stack) for kind in _KINDS)
+        moments = {name: state.read(name, _part_of(name, shape, names, layout)) for name, shape in state.shapes.items()}
         return Checkpoint(
             step=manifest["step"],
             weights={name: weights.read(name, local_part(layout, name)) for name in weights.shapes},
-            optimizer=unflatten(structure, {name: state.read(name, _part_of(name, shape, names, layout)) for name, shape in state.shapes.items()}),
+            optimizer=unflatten(structure, moments),
             rng=load_file(folder / "rng.safetensors"),
             trainer=checkpoint.trainer_of(folder),
         )
@@ -154,7 +155,7 @@ def _open(folder: Path, kind: str, stack: ExitStack) -> _Stored:
 
     if not (folder / INDEX).is_file():
         file = opened(f"{kind}.safetensors")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # it is no mapping
         return _Stored(folder, shapes, {name: [(file, 0, shape[0] if shape else 0)] for name, shape in shapes.items()})
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["tensors"][kind]
     files = {name: opened(name) for name in sorted({file for entry in index.values() for file, _, _ in entry["parts"]})}
