@@ -38,14 +38,14 @@ def name(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Top-level names of every package that the file imports, wherever the statement stands."""
+    """Every module that the file imports, with the packages around it, wherever the statement stands."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found.add(node.module.split(".")[0])
-    return found
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {".".join(name.split(".")[:parts]) for name in found for parts in range(1, name.count(".") + 2)}
 
 
 @pytest.mark.parametrize("library", DOORS)

@@ -33,8 +33,8 @@ class RunConfig(Strict):
     """How long, in what steps, how fast."""
     evaluation: Evaluation = Evaluation()
     """When the held-out data is looked at, and what follows from it."""
-    parallel: Parallel = Parallel()
-    """Several devices."""
+    parallel: Annotated[Parallel, LongForm("strategy")] = Parallel()
+    """Several devices: a strategy or a section."""
     save: Save = Save()
     """Checkpoints."""
     recovery: Recovery = Recovery()

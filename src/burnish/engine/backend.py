@@ -118,9 +118,8 @@ class Backend:
         if self.strategy == "auto":
             fits = weights + rest <= room
             self.strategy = "ddp" if fits or not cuttable else "fsdp"
-            self.reason = (
-                f"{_gib(weights + rest)} of weights, gradients and optimiser state {'fit into' if fits else 'exceed'} {_gib(room)}"
-            )
+            size = f"{_gib(weights + rest)} of weights, gradients and optimiser state"
+            self.reason = f"{size} {'fit into' if fits else 'exceed'} {_gib(room)}"
         if self.sharded and (self._parallel.offload or weights > room):
             self.load_device = torch.device("cpu")
 

@@ -86,8 +86,8 @@ class Sharding:
         self._group = mesh["shards"].get_group() if self.replicas > 1 else mesh.get_group()
         # Of their own, so that a thread that saves does not meet what the training sends.
         members = [[first + place for place in range(shards)] for first in range(0, world, shards)]
-        self._hosts = [dist.new_group(ranks, backend="gloo") for ranks in members][self.replica]
-        self._everyone = dist.new_group(backend="gloo")
+        self._hosts: Any = [dist.new_group(ranks, backend="gloo") for ranks in members][self.replica]
+        self._everyone: Any = dist.new_group(backend="gloo")
         self.run(lambda: None)  # from here on the shards lie where they will always lie
         self._model = model
         self._wholes = {name: p for name, p in model.named_parameters() if p.requires_grad}

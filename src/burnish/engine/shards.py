@@ -114,12 +114,11 @@ def load(folder: Path, layout: Mapping[str, Part]) -> Checkpoint:
     names = _parameter_names(structure)
     with ExitStack() as stack:
         weights, state = (_open(folder, kind, stack) for kind in _KINDS)
+        moments = {name: state.read(name, _part_of(name, shape, names, layout)) for name, shape in state.shapes.items()}
         return Checkpoint(
             step=manifest["step"],
             weights={name: weights.read(name, local_part(layout, name)) for name in weights.shapes},
-            optimizer=unflatten(
-                structure, {name: state.read(name, _part_of(name, shape, names, layout)) for name, shape in state.shapes.items()}
-            ),
+            optimizer=unflatten(structure, moments),
             rng=load_file(folder / "rng.safetensors"),
             trainer=checkpoint.trainer_of(folder),
         )

@@ -45,6 +45,13 @@ Message = Callable[..., str]
         ("schedule_uses_its_keys", ["train.schedule={kind: constant, floor: 0.1}"], "the schedule constant has no floor; leave it out"),
         ("schedule_free_has_no_curve", ["train.optimizer=adamw_schedule_free", "train.schedule=linear"], "command line: train.schedule: adamw_schedule_free averages the weights instead of lowering the rate; of train.schedule it takes the warmup alone, leave the rest out"),
         ("schedule_free_has_no_curve", ["train.optimizer=adamw_schedule_free", "train.schedule={kind: cosine, floor: 0.1}"], "it takes the warmup alone, leave the rest out"),
+        ("strategy_uses_its_keys", ["parallel={strategy: fsdp, shards: 4}"], "command line: parallel.shards: parallel.strategy: fsdp has no shards; leave it out"),
+        ("strategy_uses_its_keys", ["parallel={strategy: ddp, offload: true, reshard: false}"], "parallel.strategy: ddp has no reshard and offload; leave them out"),
+        ("shards_can_be_trained", ["parallel=fsdp", "train.optimizer=muon"], "cuts weights into shards, and train.optimizer: muon looks at more than single elements; take one of adamw, lion, sgd"),
+        ("shards_can_be_trained", ["parallel=hsdp", "train.optimizer={in_backward: true}", "train.clip=null"], "updates weights before their gradients have met; set it to false"),
+        ("shards_can_be_trained", ["parallel=fsdp", "train.compile=auto"], "train.compile is not tried there; leave it out"),
+        ("shards_can_be_trained", ["parallel=fsdp", "train.offload_activations=true"], "train.offload_activations does not know them; leave it out"),
+        ("shards_can_be_trained", ["parallel=fsdp", "adapter={init: pissa}"], "adapter.init: pissa takes a part out of whole weights; take another one"),
         ("rates_say_something", ["train.rates=[{match: lm_head}]"], "command line: train.rates: the group 'lm_head' of train.rates sets neither learning_rate nor weight_decay"),
         ("output_is_its_own", ["model=./model", "output=model"], "command line: output is also the model; a run needs a folder of its own"),
     ],
@@ -76,6 +83,8 @@ def test_contradictions(fault: Message, folder: Path, check: str, overrides: lis
         ["train.offload_activations=true"],
         ["model.quantize=fp8", "adapter=lora"],
         ["train.optimizer=adamw_schedule_free", "train.schedule={kind: constant, warmup: 0.1}"],
+        ["parallel={strategy: hsdp, shards: 8, offload: true}", "train.optimizer=lion"],
+        ["parallel={reshard: false}", "train.optimizer=muon"],
     ],
 )
 def test_sensible_runs_pass(load: Load, overrides: list[str]) -> None:

@@ -81,14 +81,60 @@ def test_a_group_that_does_not_form_is_an_error(monkeypatch: pytest.MonkeyPatch)
         Backend(cpu=True)
 
 
-def test_one_process_shares_nothing_out():
-    backend = Backend(parallel=Parallel(strategy="fsdp"), cpu=True)
-    assert (backend.strategy, backend.sharded, backend.shards, backend.layout) == ("none", False, 1, {})
+def several(monkeypatch: pytest.MonkeyPatch, processes: int, **parallel: object) -> Backend:
+    """The backend of one of several processes that never speak."""
+
+    class Several:
+        device, process_index, num_processes = CPU, 0, processes
+
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(module, "PartialState", lambda cpu: Several())
+    backend = Backend(precision="float32", parallel=Parallel.model_validate(parallel), cpu=True)
+    monkeypatch.setattr(backend, "gather", lambda value: [value] * processes)
+    return backend
 
 
-def test_a_strategy_that_is_not_there_is_refused():
-    with pytest.raises(ValidationError, match="'auto', 'none', 'ddp', 'fsdp' or 'hsdp'"):
-        Parallel.model_validate({"strategy": "deepspeed"})
+def test_auto_is_data_parallel_where_everything_fits(monkeypatch: pytest.MonkeyPatch):
+    backend = several(monkeypatch, 4)
+    backend.settle(2 * 2**30, 6 * 2**30, 10 * 2**30)
+    assert (backend.strategy, backend.sharded, backend.load_device) == ("ddp", False, CPU)
+    assert backend.reason == "8.0 GiB of weights, gradients and optimiser state fit into 8.5 GiB"
+
+
+def test_auto_is_shards_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch):
+    backend = several(monkeypatch, 4)
+    backend.settle(2 * 2**30, 6 * 2**30, 9 * 2**30)
+    assert (backend.strategy, backend.shards, backend.load_device) == ("fsdp", 4, CPU)
+    assert backend.reason == "8.0 GiB of weights, gradients and optimiser state exceed 7.6 GiB"
+
+
+@pytest.mark.parametrize(("room", "where"), [(10, "cuda"), (2, "cpu")])
+def test_weights_that_fit_on_no_device_are_loaded_on_the_host(room: float, where: str, monkeypatch: pytest.MonkeyPatch):
+    backend = several(monkeypatch, 2, strategy="fsdp")
+    backend.device = backend.load_device = torch.device("cuda")
+    backend.settle(4 * 2**30, 0, room * 2**30)
+    assert backend.load_device.type == where
+
+
+def test_codes_are_not_cut(monkeypatch: pytest.MonkeyPatch):
+    backend = several(monkeypatch, 2)
+    backend.settle(8, 0, 1, cuttable=False)
+    assert backend.strategy == "ddp"
+
+
+def test_groups_of_shards(monkeypatch: pytest.MonkeyPatch):
+    assert several(monkeypatch, 8, strategy="hsdp", shards=4).shards == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert several(monkeypatch, 8, strategy="hsdp").shards == 2
+    with pytest.raises(ConfigError, match="8 processes cannot be cut into groups of 3"):
+        _ = several(monkeypatch, 8, strategy="hsdp", shards=3).shards
+    assert several(monkeypatch, 8, strategy="ddp").shards == 1
+
+
+def test_one_process_needs_no_strategy(monkeypatch: pytest.MonkeyPatch):
+    assert Backend(parallel=Parallel(strategy="fsdp"), cpu=True).strategy == "none"
+    with pytest.raises(ConfigError, match="'none' means one process, found 2"):
+        several(monkeypatch, 2, strategy="none")
 
 
 def test_seeds():
