@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from burnish.config.checks import unshardable
 from burnish.config.objectives import Distill, Plugin
-from burnish.config.run import RunConfig, unshardable
+from burnish.config.run import RunConfig
 from burnish.config.sections import Adapter, Model, Train
 from burnish.core import plugins
 from burnish.core.errors import ConfigError, ModelError, Where

@@ -16,11 +16,12 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from burnish.config.checks import CHECKS
 from burnish.config.document import Entry, Fault, from_python
 from burnish.config.dump import dump_run
 from burnish.config.layers import ROOT, expand, merge, override, read_layers
 from burnish.config.places import fill_in
-from burnish.config.run import CHECKS, RunConfig
+from burnish.config.run import RunConfig
 from burnish.config.translate import translate
 from burnish.core.errors import ConfigError, Where
 

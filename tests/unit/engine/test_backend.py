@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from pydantic import ValidationError
 
 from burnish.config.sections import Parallel
 from burnish.core.errors import ConfigError, DependencyError, TrainingError

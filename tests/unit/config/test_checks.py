@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from burnish.config import run as module
+from burnish.config import checks as module
+from burnish.config.checks import CHECKS, Check, sources
 from burnish.config.load import LoadedRun
-from burnish.config.run import CHECKS, EXCLUSIVE, Check, RunConfig, sources
+from burnish.config.run import EXCLUSIVE, RunConfig
 
 Load = Callable[..., LoadedRun]
 Message = Callable[..., str]
