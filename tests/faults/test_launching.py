@@ -306,7 +306,8 @@ def test_two_machines_with_addresses_of_their_own(project: Project, machines: li
         wire = re.search(r"\d+: (bv\w+)", wires[number])
         assert wire is not None
         cache = f"data.cache=./cache-{number}"  # as on machines whose disks are their own
-        more = ("--local-addr", address)
+        # The name of this machine belongs to neither address, so torchrun is told who keeps the rendezvous.
+        more = ("--local-addr", address, "--rdzv-conf", f"is_host={number == 0}")
         started.append(
             project.start("output=runs/far", cache, launcher=(*launcher, *more), GLOO_SOCKET_IFNAME=wire[1], HOME=str(project.folder))
         )
