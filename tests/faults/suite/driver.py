@@ -5,8 +5,8 @@
     site/sitecustomize.py                       into ranks that burnish starts by itself
 
 A fault names a point (`at`), which time that the point is reached it begins (`number`, from 1) and for how many times it goes on
-(`times`, 0: for ever); or the optimiser step (`step`, from 1; `after`: from then on). It may be for one `rank` only, and for one process
-only (`once`, a file to remember it).
+(`times`, 0: for ever); or the optimiser step that is or will be next (`step`, from 1; `after`: from then on). It may be for one `rank`
+only, and for one process only (`once`, a file to remember it).
 
     load, evaluate, save, prune, export, report     these are about to begin
     step, forward, backward, optimizer, update      a micro-batch, its loss, the gradient of a weight in its middle; the optimiser; all
@@ -260,28 +260,7 @@ def _patch_training() -> None:
     ):
         _before(module, name, point)
 
-    initialise, accumulate, update = Stepper.__init__, Stepper.accumulate, Stepper.update
-
-    def begin(self: Any, backend: Any, optimizer: Any, named_parameters: Any, *rest: Any, **more: Any) -> None:
-        initialise(self, backend, optimizer, named_parameters, *rest, **more)
-        if INJECTOR.wants("backward"):
-            parameters = list(named_parameters.values())
-            parameters[len(parameters) // 2].register_hook(lambda grad: grad * float("nan") if INJECTOR.reach("backward") else None)
-        if INJECTOR.wants("optimizer"):
-            kind = type(optimizer)
-            kind.step = _reaching(kind.step, "optimizer")
-
-    def add(self: Any, *rest: Any, **more: Any) -> None:
-        INJECTOR.step = self.step + 1
-        INJECTOR.reach("step")
-        accumulate(self, *rest, **more)
-
-    def finish(self: Any) -> Any:
-        INJECTOR.step = self.step + 1
-        INJECTOR.reach("update")
-        return update(self)
-
-    Stepper.__init__, Stepper.accumulate, Stepper.update = begin, add, finish
+    _patch_steps(Stepper)
 
     def objective(*rest: Any, **more: Any) -> Any:
         import torch
@@ -299,6 +278,38 @@ def _patch_training() -> None:
         return made
 
     _replace(build_objective, objective)
+
+
+def _patch_steps(stepper: Any) -> None:
+    initialise, accumulate, update, restore = stepper.__init__, stepper.accumulate, stepper.update, stepper.restore
+
+    def begin(self: Any, backend: Any, optimizer: Any, named_parameters: Any, *rest: Any, **more: Any) -> None:
+        initialise(self, backend, optimizer, named_parameters, *rest, **more)
+        INJECTOR.step = 1
+        if INJECTOR.wants("backward"):
+            parameters = list(named_parameters.values())
+            parameters[len(parameters) // 2].register_hook(lambda grad: grad * float("nan") if INJECTOR.reach("backward") else None)
+        if INJECTOR.wants("optimizer"):
+            kind = type(optimizer)
+            kind.step = _reaching(kind.step, "optimizer")
+
+    def add(self: Any, *rest: Any, **more: Any) -> None:
+        INJECTOR.step = self.step + 1
+        INJECTOR.reach("step")
+        accumulate(self, *rest, **more)
+
+    def finish(self: Any) -> Any:
+        INJECTOR.step = self.step + 1
+        INJECTOR.reach("update")
+        result = update(self)
+        INJECTOR.step = self.step + 1
+        return result
+
+    def resume(self: Any, state: Any) -> None:
+        restore(self, state)
+        INJECTOR.step = self.step + 1
+
+    stepper.__init__, stepper.accumulate, stepper.update, stepper.restore = begin, add, finish, resume
 
 
 def _reaching(original: Callable[..., Any], point: str) -> Callable[..., Any]:

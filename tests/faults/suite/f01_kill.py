@@ -88,7 +88,7 @@ def at_operation(lab: Lab, kind: str, number: int, how: str) -> Survived:
     """Killed at one file operation of the fourth save, which also deletes an older checkpoint."""
     lab.reference(kind)
     project = lab.project(kind)
-    ended = project.train({"at": "file", "match": "checkpoints", "after": 8, "number": number, "do": how})
+    ended = project.train({"at": "file", "match": "checkpoints", "after": 9, "number": number, "do": how})
     ended.expect(-signal.SIGKILL)
     return gone_on(project, lab, kind, before=project.steps_logged)
 

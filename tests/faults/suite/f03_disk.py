@@ -58,7 +58,7 @@ def passing(lab: Lab, error: str, pattern: str, *, times: int) -> Survived:
     """A fault in one save that goes by: the run goes on to its end, and nobody sees it in the result."""
     reference = lab.reference("lora")
     project = lab.project("lora")
-    project.train({"at": "file", "match": pattern, "after": 5, "times": times, "do": f"errno:{error}"}).expect(0)
+    project.train({"at": "file", "match": pattern, "after": 6, "times": times, "do": f"errno:{error}"}).expect(0)
     project.finished().assert_equal(reference)
     project.assert_tidy()
     return Survived(equal=True)
@@ -136,7 +136,7 @@ def refused(lab: Lab, error: str) -> Survived:
     """Nothing can be saved any more: training goes on, the last save's failure is exit code 1, older checkpoints are untouched."""
     lab.reference("lora")
     project = lab.project("lora")
-    ended = project.train({"at": "file", "match": r"checkpoints/\.", "after": 8, "times": 0, "do": f"errno:{error}"})
+    ended = project.train({"at": "file", "match": r"checkpoints/\.", "after": 9, "times": 0, "do": f"errno:{error}"})
     ended.expect(FAILED).expect_said("could not be written")
     assert project.steps_logged == STEPS, f"training ended after step {project.steps_logged}"
     return _then(project, lab, "lora", resumes=6)
