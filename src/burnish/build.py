@@ -19,6 +19,7 @@ from burnish.engine.backend import Backend
 from burnish.models.activations import free_memory
 from burnish.models.adapters import attach
 from burnish.models.load import count_parameters, load_model, stored_bytes
+from burnish.models.patch import KernelReport
 from burnish.models.policy import Policy
 from burnish.models.score import Judges, attach_score
 from burnish.models.tokenizer import add_tokens, load_tokenizer
@@ -48,7 +49,12 @@ def build_policy(
         trained = attach(whole, adapter, new_token_ids=add_tokens(tokenizer, model.new_tokens), revision=model.revision)
     if judges is not None:
         attach_score(trained, judges)
-    return Policy(trained, tokenizer, attention=model.attention, kernels=model.kernels == "auto")
+    # What runs on a GPU is proven on that GPU: weights that are on the host until they are cut into shards have nothing to prove it with.
+    unproven = backend.load_device != backend.device
+    policy = Policy(trained, tokenizer, attention=model.attention, kernels=model.kernels == "auto" and not unproven)
+    if unproven and model.kernels == "auto":
+        policy.kernels = KernelReport(reason="the weights are loaded on the host, where fast modules for this device cannot be proven")
+    return policy
 
 
 def settle_strategy(config: RunConfig, backend: Backend) -> None:

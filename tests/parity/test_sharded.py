@@ -75,7 +75,7 @@ def launch(place: Path) -> Launch:
     return launched
 
 
-def run_of(place: Path, model: Path, name: str, **sections: Any) -> Settings:
+def run_of(place: Path, model: Path, name: str, /, **sections: Any) -> Settings:
     """Steps of several micro-batches, of unequal token counts and of an odd number of examples."""
     objective = sections.get("objective", {"kind": "sft"})
     settings: Settings = {
@@ -206,7 +206,7 @@ OBJECTIVES: dict[str, Settings] = {
     "cpo": {"kind": "cpo"},
     "orpo": {"kind": "orpo"},
     "reward": {"kind": "reward"},
-    "distill": {"kind": "distill"},
+    "distill": {"kind": "distill", "sft_weight": 0.5},  # the teacher is the student before training
 }
 WAYS: list[tuple[int, str, Settings]] = [
     (2, "ddp", {}),
@@ -230,7 +230,8 @@ def test_every_objective_under_every_strategy(place: Path, tiny_model: Path, unt
     runs["alone"] = run_of(place, untied, "all-alone", data={"packing": "off"})
     runs["bins"] = run_of(place, tiny_model, "all-bins", train={"batch_size": None, "batch_tokens": 700})
     runs["tokens"] = run_of(place, untied, "all-tokens", model={"path": str(untied), "new_tokens": ["<a>", "<b>"]}, adapter=LORA)
-    runs["dora"] = run_of(place, tiny_model, "all-dora", adapter=LORA | {"dora": True, "save_modules": ["lm_head"]})
+    runs["saved"] = run_of(place, untied, "all-saved", adapter=LORA | {"save_modules": ["lm_head"]})
+    runs["dora"] = run_of(place, tiny_model, "all-dora", adapter=LORA | {"dora": True})
     for settings in runs.values():
         ranks.train({"settings": settings})
     for processes, strategy, options in WAYS:

@@ -120,7 +120,7 @@ class Backend:
             self.strategy = "ddp" if fits or not cuttable else "fsdp"
             size = f"{_gib(weights + rest)} of weights, gradients and optimiser state"
             self.reason = f"{size} {'fit into' if fits else 'exceed'} {_gib(room)}"
-        if self.sharded and (self._parallel.offload or weights > room):
+        if self.sharded and cuttable and (self._parallel.offload or weights > room):
             self.load_device = torch.device("cpu")
 
     @property
