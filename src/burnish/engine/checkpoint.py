@@ -31,7 +31,20 @@ from safetensors.torch import load_file, save_file
 from burnish.core.errors import CheckpointError, StorageError
 from burnish.core.log import warn
 
-__all__ = ["Checkpoint", "flatten", "folder_of", "folders", "load", "newest", "prune", "save", "step_of", "unflatten", "verify"]
+__all__ = [
+    "Checkpoint",
+    "flatten",
+    "folder_of",
+    "folders",
+    "load",
+    "newest",
+    "prune",
+    "save",
+    "set_aside",
+    "step_of",
+    "unflatten",
+    "verify",
+]
 
 FORMAT = 2
 FILES = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "rng.safetensors", "trainer.json")
@@ -202,6 +215,15 @@ def newest(root: Path) -> Path | None:
     if problems:
         raise CheckpointError(f"no checkpoint in {root} is whole: {'; '.join(problems)}", hint="move the folder away to start anew")
     return None
+
+
+def set_aside(root: Path, newest: Path) -> None:
+    """Renames what is newer than the newest whole checkpoint to `damaged-step-...`: it must not count as one that is kept."""
+    for folder in folders(root):
+        if step_of(folder) > step_of(newest):
+            target = root / f"damaged-{folder.name}"
+            shutil.rmtree(target, ignore_errors=True)
+            folder.rename(target)
 
 
 def folders(root: Path) -> list[Path]:

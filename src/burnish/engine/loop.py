@@ -435,8 +435,12 @@ def _newest(job: Job) -> Path | None:
     if backend.is_main:
         try:
             found = checkpoint.newest(job.checkpoints)
+            if found is not None:
+                checkpoint.set_aside(job.checkpoints, found)
         except CheckpointError as error:
             found = error
+        except OSError as error:  # storage that is read-only now: training may go on without
+            warn(f"the damaged checkpoints in {job.checkpoints} could not be set aside: {error}")
     found = backend.gather(found)[0]
     if isinstance(found, CheckpointError):
         raise found

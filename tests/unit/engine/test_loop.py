@@ -539,3 +539,15 @@ def test_another_run_is_gone_on_with_by_force_and_said(make_job: MakeJob, capsys
     assert train(other).state.step == 6
     with pytest.raises(CheckpointError, match="belongs to a run with other settings"):
         resume.refuse_another_run(other.checkpoints, {"train.learning_rate": 0.3}, 6)
+
+
+def test_damaged_checkpoints_step_aside_and_do_not_count_as_kept(make_job: MakeJob):
+    settings = {"steps": 8, "save": {"every": "2st", "keep": 2, "best": False}}
+    train(make_job(**settings))
+    first = make_job(**settings)
+    (first.checkpoints / "step-000008" / "model.safetensors").write_bytes(b"")
+    stopped = make_job(**{**settings, "save": {"every": "1st", "keep": 1, "best": False}}, callbacks=[SignalAt(7)])
+    with pytest.raises(Interrupted):
+        train(stopped)
+    assert saved_steps(stopped) == [7] and (stopped.checkpoints / "damaged-step-000008").is_dir()
+    assert train(make_job(**settings)).resumed_from == stopped.checkpoints / "step-000007"
