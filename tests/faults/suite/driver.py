@@ -338,12 +338,16 @@ def _command(words: Sequence[str]) -> None:
 def _serve() -> None:
     """Reads a request a line, tells who was started and who has ended."""
     running: set[int] = set()
+    waiting = b""  # not sys.stdin, which would keep a second line in its buffer, where select does not see it
     while True:
-        ready, _, _ = select.select([sys.stdin], [], [], 0.01)
+        ready, _, _ = select.select([0], [], [], 0.01)
         if ready:
-            line = sys.stdin.readline()
-            if not line:
+            read = os.read(0, 1 << 16)
+            if not read:
                 break
+            waiting += read
+        *lines, waiting = waiting.split(b"\n")
+        for line in lines:
             asked = json.loads(line)
             pid = os.fork()
             if pid == 0:

@@ -184,7 +184,8 @@ class Server:
     def close(self) -> None:
         """Ends it."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it is gone already; the tries have said so
+            self._process.stdin.close()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
