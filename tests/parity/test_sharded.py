@@ -246,6 +246,25 @@ def test_every_objective_under_every_strategy(place: Path, tiny_model: Path, unt
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_what_is_sent_is_what_arithmetic_says(processes: int) -> None:
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [*command, "-m", "benchmarks.communication", "--micro-batches", "2"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("whole model", "LoRA"))]
+    assert len(rows) == (8 if processes == 4 else 6)
+    assert all(row.endswith("| equal") for row in rows), rows
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, LORA])
 def test_any_strategy_goes_on_from_any_other(place: Path, untied: Path, launch: Launch, adapter: Settings | None) -> None:
     name = "hop-lora" if adapter else "hop"

@@ -11,7 +11,9 @@ from burnish.data.tree import is_tree, loss_weight, segments_of
 from burnish.data.types import Batch, Example
 
 
-def collate(examples: Sequence[Example], *, step_weight: float, step_tokens: float = 0.0, last: bool = True) -> Batch:
+def collate(
+    examples: Sequence[Example], *, step_weight: float, step_tokens: float = 0.0, last: bool = True, referenced: bool = False
+) -> Batch:
     """Lays examples end to end: a forest, never padded.
 
     A token with weight w > 0 becomes a prediction whose truth it is, made at the token before it: in its own segment, or at the end of the
@@ -25,13 +27,17 @@ def collate(examples: Sequence[Example], *, step_weight: float, step_tokens: flo
         step_weight: The sum of what the examples count in the loss, over all micro-batches of the optimiser step on all ranks.
         step_tokens: The sum of the token weights of the first branches, over the same.
         last: Whether this is the last micro-batch of its step.
+        referenced: For a placeholder: the reference's log-probabilities are known in this step, so there is nothing to ask it.
 
     Returns:
         A Batch with T = the sum of the lengths, K = the number of trained predictions.
     """
     if examples and not any(map(is_tree, examples)):
         return _roots(examples, step_weight, last)
-    return _forest(examples, step_weight, step_tokens, last)
+    made = _forest(examples, step_weight, step_tokens, last)
+    if referenced and not examples:
+        made.extras["reference"] = torch.zeros(0)
+    return made
 
 
 def _roots(segments: Sequence[Example], step_weight: float, last: bool) -> Batch:

@@ -257,7 +257,10 @@ class Step:
         plan = plan_micro_batches(self._lengths, micro_batch_tokens, world_size=world_size, packing=packing)[rank]
         for number, places in enumerate(plan, start=1):
             chosen = [self._examples[int(self._members[place])] for place in places]
-            yield collate(chosen, step_weight=self.info.weight, step_tokens=self._leading, last=number == len(plan))
+            # All ranks ask the reference, or none does.
+            referenced = not chosen and len(self._members) > 0 and self._examples[int(self._members[0])].reference is not None
+            options = {"step_tokens": self._leading, "last": number == len(plan), "referenced": referenced}
+            yield collate(chosen, step_weight=self.info.weight, **options)
 
 
 def eval_batches(

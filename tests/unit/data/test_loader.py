@@ -2,17 +2,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.core.errors import CheckpointError, DataError
-from burnish.data.loader import Loader, eval_batches
-from burnish.data.types import Batch
+from burnish.data.loader import Loader, Step, eval_batches
+from burnish.data.types import Batch, Example
 
 from .listed import Listed, numbered
 
@@ -181,3 +183,14 @@ def test_evaluation_sees_every_example_once(examples: Listed, world_size: int, p
     assert sorted(flat(members(batches) for batches in ranks)) == list(range(23))
     assert len({len(batches) for batches in ranks}) == 1
     assert {batch.step_weight for batches in ranks for batch in batches} == {float(examples.weights.sum())}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_all_ranks_ask_the_reference_or_none_does(known: bool) -> None:
+    rows = [Example(np.arange(4, dtype=np.int32), np.ones(4, np.float32), (2, 3, 4), (-1, 0, 0)) for _ in range(2)]
+    if known:
+        rows = [replace(row, reference=np.zeros(3, np.float32)) for row in rows]
+    step = Step(Listed(rows), np.arange(2))
+    ranks = [list(step.batches(30, rank, 3, packing=False)) for rank in range(3)]
+    assert sorted(batch.examples for batches in ranks for batch in batches) == [0, 1, 1]
+    assert all(("reference" in batch.extras) is known for batches in ranks for batch in batches)
