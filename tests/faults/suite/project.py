@@ -122,7 +122,9 @@ class Project:
     def finished(self) -> Finished:
         """What the run left behind."""
         newest = self.checkpoints[-1]
-        files = [*sorted((self.run / "model").glob("*.safetensors")), newest / "model.safetensors", newest / "optimizer.safetensors"]
+        kept = [file for file in sorted(newest.glob("*.safetensors")) if not file.name.startswith("rng")]  # in shards or whole
+        assert kept, f"there are no tensors in {newest}"
+        files = [*sorted((self.run / "model").glob("*.safetensors")), *kept]
         tensors = {f"{newest.name if file.parent == newest else 'model'}/{file.name}": file for file in files}
         return Finished(
             [untimed(line) for line in read_lines(self.run / "metrics.jsonl")],
