@@ -136,7 +136,7 @@ def short(place: Path, tiny_model: Path, untied: Path, launch: Launch) -> dict[s
     teacher = str(untied)
     runs = {
         "full": run_of(place, tiny_model, "full"),
-        "lora": run_of(place, tiny_model, "lora", adapter=LORA, train={"learning_rate": 1e-3}),
+        "lora": run_of(place, tiny_model, "lora", adapter=LORA, train={"learning_rate": 1e-3, "micro_batch_tokens": 160}),
         "dpo": run_of(place, tiny_model, "dpo", objective={"kind": "dpo", "reference": "copy"}),
         "kto": run_of(place, tiny_model, "kto", objective={"kind": "kto"}, adapter=LORA),
         "distill": run_of(place, untied, "distill", objective={"kind": "distill", "teacher": teacher, "sft_weight": 0.5}),
