@@ -136,7 +136,7 @@ def short(place: Path, tiny_model: Path, untied: Path, launch: Launch) -> dict[s
     teacher = str(untied)
     runs = {
         "full": run_of(place, tiny_model, "full"),
-        "lora": run_of(place, tiny_model, "lora", adapter=LORA, train={"learning_rate": 1e-3}),
+        "lora": run_of(place, tiny_model, "lora", adapter=LORA, train={"learning_rate": 1e-3, "micro_batch_tokens": 160}),
         "dpo": run_of(place, tiny_model, "dpo", objective={"kind": "dpo", "reference": "copy"}),
         "kto": run_of(place, tiny_model, "kto", objective={"kind": "kto"}, adapter=LORA),
         "distill": run_of(place, untied, "distill", objective={"kind": "distill", "teacher": teacher, "sft_weight": 0.5}),
@@ -222,7 +222,7 @@ def test_every_objective_under_every_strategy(place: Path, tiny_model: Path, unt
     for name, objective in OBJECTIVES.items():
         chosen = {"objective": objective | ({"teacher": str(tiny_model)} if name == "distill" else {})} if objective else {}
         runs[f"{name}-whole"] = run_of(place, tiny_model, f"all-{name}-whole", **chosen)
-        runs[f"{name}-lora"] = run_of(place, tiny_model, f"all-{name}-lora", adapter=LORA, train={"learning_rate": 1e-3}, **chosen)
+        runs[f"{name}-lora"] = run_of(place, tiny_model, f"all-{name}-lora", adapter=LORA, train={"learning_rate": 3e-4}, **chosen)
     stacked = {"optimizer": {"kind": "lion"}, "checkpoint_activations": "on"}
     runs["lion"] = run_of(place, untied, "all-lion", train=stacked)
     runs["sgd"] = run_of(place, untied, "all-sgd", train={"optimizer": {"kind": "sgd"}, "mlp_tile": 50, "learning_rate": 0.05})

@@ -259,8 +259,8 @@ class Step:
             chosen = [self._examples[int(self._members[place])] for place in places]
             # All ranks ask the reference, or none does.
             referenced = not chosen and len(self._members) > 0 and self._examples[int(self._members[0])].reference is not None
-            options = {"step_tokens": self._leading, "last": number == len(plan), "referenced": referenced}
-            yield collate(chosen, step_weight=self.info.weight, **options)
+            last = number == len(plan)
+            yield collate(chosen, step_weight=self.info.weight, step_tokens=self._leading, last=last, referenced=referenced)
 
 
 def eval_batches(
