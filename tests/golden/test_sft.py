@@ -101,7 +101,7 @@ def run(case: str, folder: Path) -> dict[str, list[float]]:
         evaluation=Evaluation.model_validate({"every": "10st"}),
         save=Save(every=None, best=False),
         folder=folder,
-        eval_batches=lambda: eval_batches(Rows(48, 12), 32),
+        eval_batches=lambda halvings: eval_batches(Rows(48, 12), 32 >> halvings),
     )
     train(job)
     steps, evaluations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "eval.jsonl")

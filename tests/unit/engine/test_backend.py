@@ -87,7 +87,7 @@ def several(monkeypatch: pytest.MonkeyPatch, processes: int, **parallel: object)
         device, process_index, num_processes = CPU, 0, processes
 
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setattr(module, "PartialState", lambda cpu: Several())
+    monkeypatch.setattr(module, "PartialState", lambda **options: Several())
     backend = Backend(precision="float32", parallel=Parallel.model_validate(parallel), cpu=True)
     monkeypatch.setattr(backend, "gather", lambda value: [value] * processes)
     return backend
