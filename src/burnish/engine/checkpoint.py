@@ -49,6 +49,7 @@ __all__ = [
 FORMAT = 2
 FILES = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "rng.safetensors", "trainer.json")
 SHARDS = "shards.json"  # stands in place of the first two, and says which files hold what (see `engine.shards`)
+FAILURES = (OSError, ValueError, SafetensorError, MemoryError, RuntimeError)  # of storage, and of memory for what goes there
 _NAME = re.compile(r"^step-(\d{6,})$")
 _DISCARDED = ".discarded-"
 _REPLACED = ".replaced-"
@@ -82,7 +83,7 @@ def save(root: Path, checkpoint: Checkpoint, *, parts: Parts | None = None) -> P
         parts: Who writes weights that lie in shards (see `engine.shards`).
 
     Raises:
-        StorageError: the disk is full or refuses to be written.
+        StorageError: the disk is full or refuses to be written, or memory has no room for what goes there.
     """
     target = folder_of(root, checkpoint.step)
     unfinished = root / f"{_UNFINISHED}{target.name}"
@@ -108,7 +109,7 @@ def save(root: Path, checkpoint: Checkpoint, *, parts: Parts | None = None) -> P
         unfinished.rename(target)
         _flush(root)
         _clear_leftovers(root)
-    except (OSError, ValueError, SafetensorError) as error:
+    except FAILURES as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise StorageError(
             f"{target} could not be written: {error}", hint="earlier checkpoints are untouched; free some space and run the command again"

@@ -126,6 +126,8 @@ def train(job: Job) -> Outcome:
         run.events.on_train_start(state)
         if state.evaluation_pending or (job.evaluation.at_start and state.step == 0):
             run.evaluate()
+            if state.evaluation_pending:  # cut short: it belongs to this step, and comes first when the run goes on
+                run.answer()
 
         while not state.finished:
             began = time.perf_counter()
@@ -136,10 +138,7 @@ def train(job: Job) -> Outcome:
             run.events.on_step_start(state)
             for attempt in memory.attempts(batches):
                 with attempt:
-                    for batch in begin_step(attempt.batches, job.objective, job.policy, job.backend):
-                        with job.backend.autocast():
-                            loss = job.backend.compute(partial(job.objective, job.policy, batch))
-                        stepper.accumulate(loss, batch)
+                    _accumulate(job, stepper, attempt.batches)
             result = stepper.update()
             run.note(result, seconds=time.perf_counter() - began)
             run.events.on_step_end(state, result)
@@ -154,6 +153,14 @@ def train(job: Job) -> Outcome:
 
         run.finish()
     return Outcome(state, stepper.skipped, run.last_evaluation, stepper.guard.report, resumed_from)
+
+
+def _accumulate(job: Job, stepper: Stepper, batches: Sequence[Batch]) -> None:
+    """The gradient of a step. Where it fails, nothing is left of it: a loss that is kept keeps all that its backward pass needs."""
+    for batch in begin_step(batches, job.objective, job.policy, job.backend):
+        with job.backend.autocast():
+            loss = job.backend.compute(partial(job.objective, job.policy, batch))
+        stepper.accumulate(loss, batch)
 
 
 def build_stepper(job: Job, total: int) -> Stepper:
@@ -258,6 +265,7 @@ class _Run:
         """Looks at the held-out data, and keeps a checkpoint of what is best so far. A signal cuts it short."""
         job, state = self.job, self.state
         if job.eval_batches is None:
+            state.evaluation_pending = False  # it was of a run with held-out data
             return
         self.events.on_eval_start(state)
         self.progress.status("evaluating")
@@ -322,13 +330,17 @@ class _Run:
             StorageError: it cannot be written.
         """
         self.save()
-        self.writer.wait()
-        self._tell_written()
-        failed = self.job.backend.any(self._save_error is not None)
+        written = self._all_written()
         if self._save_error is not None:
             raise self._save_error
-        if failed:
+        if not written:
             raise Elsewhere("another rank could not write the checkpoint", exit_code=StorageError.exit_code)
+
+    def _all_written(self) -> bool:
+        """Waits until no rank is writing; whether all could write the newest checkpoint."""
+        self.writer.wait()
+        self._tell_written()
+        return not self.job.backend.any(self._save_error is not None)
 
     def _tell_written(self) -> None:
         """Says what became of the checkpoints that were being written."""
@@ -346,14 +358,16 @@ class _Run:
         asked = self.job.backend.union(self.requests.seen())
         if not asked or self.state.finished:  # after the last step there is nothing to stop, and it is saved anyway
             return
-        self._save_now()
+        self.save()
+        saved = self._all_written()
         self.requests.answered(asked)
-        if asked & Requests.SAVE:
+        if asked & Requests.SAVE and saved:
             self.progress.say(f"step {self.state.step}  saved, as {self.job.folder / 'SAVE'} asked")
         if asked & Requests.STOP:
             self._stop()
 
     def _stop(self) -> None:
+        self._save_now()
         rest = ", before its evaluation" if self.state.evaluation_pending else ""
         raise Interrupted(
             f"stopped after step {self.state.step} of {self.state.total}{rest}, with a checkpoint in {self.job.checkpoints}",
@@ -367,9 +381,7 @@ class _Run:
             TrainingError: there is no checkpoint, or the run went back too often.
         """
         job, state = self.job, self.state
-        self.writer.wait()
-        self._tell_written()
-        job.backend.barrier()
+        self._all_written()
         folder = _newest(job)
         if folder is None or state.rollbacks >= job.recovery.rollbacks:
             why = "there is no checkpoint yet" if folder is None else f"it has done so {job.recovery.rollbacks} times (recovery.rollbacks)"
@@ -390,10 +402,11 @@ class _Run:
         if not state.evaluation_pending and self.evaluation_is_due():
             self.evaluate()
         if state.evaluation_pending:  # cut short by a signal, and the weights to keep hang on it
-            self._save_now()
             self._stop()
         if job.save.every is not None:
             self._save_now()
+        elif job.save.best:
+            self._all_written()
         if job.save.best and state.best_saved is not None and state.best_saved != state.step:
             self._take_best(checkpoint.folder_of(job.checkpoints, state.best_saved))
         use_final_weights(job.optimizer)

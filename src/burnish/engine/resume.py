@@ -144,10 +144,7 @@ def restore(
         _refuse_another_run(folder, trainer, identity)
     _refuse_a_longer_run(folder, trainer["state"]["step"], state.total)
     restore_weights(found, named_parameters, folder)
-    try:
-        stepper.optimizer.load_state_dict(found.optimizer)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} holds the state of another optimiser: {error}") from error
+    _restore_optimizer(found, stepper.optimizer, folder)
     stepper.restore(trainer["stepper"])
     try:
         source.restore(trainer["source"])
@@ -181,6 +178,23 @@ def restore_weights(found: Checkpoint, named_parameters: Mapping[str, torch.Tens
                 shapes = f"{tuple(found.weights[name].shape)}, expected {tuple(parameter.shape)}"
                 raise CheckpointError(f"{folder}: {name} has shape {shapes}")
             parameter.copy_(found.weights[name])
+
+
+_SETTINGS = ("peak_lr", "weight_decay", "betas", "eps", "momentum")
+"""What the run file says of a group of parameters. The rest, in what torch calls the same, is the state of an optimiser."""
+
+
+def _restore_optimizer(found: Checkpoint, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Takes the optimiser's state back, with the settings of this run: a forced resume may have changed them."""
+    now = [dict(group) for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(found.optimizer)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} holds the state of another optimiser: {error}") from error
+    for group, mine in zip(optimizer.param_groups, now, strict=True):
+        if group["names"] != mine["names"]:
+            raise CheckpointError(f"{folder} holds the state of another optimiser: its groups of parameters are other ones")
+        group.update({key: value for key, value in mine.items() if key in _SETTINGS or key not in group})
 
 
 def _restore_rng(found: Checkpoint, backend: Backend) -> None:

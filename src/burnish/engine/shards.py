@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from burnish.core.errors import CheckpointError
@@ -95,7 +95,7 @@ def _tried(folder: Path, content: Checkpoint, sharding: Sharding) -> Any:
     """What `_write_parts` gives, or what is wrong."""
     try:
         return _write_parts(folder, content, sharding)
-    except (OSError, ValueError, SafetensorError) as error:
+    except checkpoint.FAILURES as error:
         return str(error)
 
 

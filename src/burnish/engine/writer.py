@@ -115,7 +115,8 @@ class Writer:
                     checkpoint.save(self._root, content)
                 else:
                     shards.save(self._root, content, self._sharding)
-            except StorageError as error:
+            except Exception as raised:  # also what nobody expects: in a thread it would be lost
+                error = raised if isinstance(raised, StorageError) else StorageError(f"{target} could not be written: {raised}")
                 if delay is not None and _is_passing(error):
                     warn(f"{error}; once more in {delay:g} s")
                     time.sleep(delay)

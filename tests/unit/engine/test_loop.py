@@ -3,8 +3,10 @@
 import json
 import math
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 from burnish.config.base import Duration
 from burnish.config.sections import Recovery
 from burnish.core.errors import CheckpointError, ConfigError, Interrupted, StorageError, TrainingError
-from burnish.engine import checkpoint, resume
+from burnish.engine import checkpoint, loop, resume
 from burnish.engine.events import Callback, State
 from burnish.engine.loop import Job, due, train
 from burnish.engine.step import StepResult
@@ -551,3 +553,81 @@ def test_damaged_checkpoints_step_aside_and_do_not_count_as_kept(make_job: MakeJ
         train(stopped)
     assert saved_steps(stopped) == [7] and (stopped.checkpoints / "damaged-step-000008").is_dir()
     assert train(make_job(**settings)).resumed_from == stopped.checkpoints / "step-000007"
+
+
+def test_a_forced_resume_follows_the_settings_of_now(make_job: MakeJob):
+    with pytest.raises(Interrupted):
+        train(make_job(steps=6, weight_decay=0.1, callbacks=[SignalAt(3)]))
+    job = make_job(steps=6, learning_rate=0.001, weight_decay=0.3, optimizer={"kind": "adamw", "betas": (0.5, 0.6)}, resume="force")
+    train(job)
+    assert {group["peak_lr"] for group in job.optimizer.param_groups} == {0.001}
+    assert {group["weight_decay"] for group in job.optimizer.param_groups} == {0.3, 0.0}
+    assert {tuple(group["betas"]) for group in job.optimizer.param_groups} == {(0.5, 0.6)}
+
+
+@pytest.mark.parametrize("kind", ["lion", "sgd"])
+def test_a_forced_resume_with_another_optimizer_trains(make_job: MakeJob, kind: str):
+    with pytest.raises(Interrupted):
+        train(make_job(steps=6, callbacks=[SignalAt(3)]))
+    assert train(make_job(steps=6, optimizer=kind, resume="force")).state.step == 6
+
+
+def test_the_best_checkpoint_is_waited_for(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch):
+    last, real = threading.Event(), checkpoint.save
+
+    def slow(*arguments: Any, **options: Any) -> Path:
+        last.wait(0.5)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    losses = iter([1.0, 2.0])
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments, **options: {"eval_loss": next(losses), "eval_seconds": 0.0})
+    job = make_job(steps=2, evaluation={"every": "1st"}, save={"every": None, "best": True})
+    outcome = train(job)
+    assert outcome.state.best_saved == 1
+    kept = checkpoint.load(job.checkpoints / "step-000001")
+    assert all(torch.equal(value, kept.weights[name]) for name, value in job.policy.trainable().items())
+
+
+def test_an_evaluation_that_is_no_longer_asked_for_is_not_waited_for(make_job: MakeJob):
+    settings = {"steps": 4, "evaluation": {"every": "2st"}}
+    with pytest.raises(Interrupted, match="before its evaluation"):
+        train(make_job(**settings, callbacks=[SignalAt(2, event="eval")]))
+    outcome = train(make_job(**settings, held_out=False))
+    assert outcome.state.step == 4 and not outcome.state.evaluation_pending
+
+
+def test_an_evaluation_that_is_cut_short_twice_stays_where_it_belongs(make_job: MakeJob):
+    settings = {"steps": 6, "evaluation": {"every": "2st", "at_start": True}, "dropout": 0.1}
+    whole = make_job("whole", **settings)
+    train(whole)
+    for step in (0, 2, 2):
+        with pytest.raises(Interrupted, match=f"stopped after step {step} of 6, before its evaluation"):
+            train(make_job("parts", **settings, callbacks=[SignalAt(step, event="eval")]))
+    parts = make_job("parts", **settings)
+    train(parts)
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert without_clock(lines(whole, name)) == without_clock(lines(parts, name))
+
+
+def test_a_checkpoint_that_was_asked_for_and_cannot_be_written_ends_no_run(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    real = checkpoint.save
+
+    def full(root: Path, saved: checkpoint.Checkpoint) -> Path:
+        if saved.step == 2:
+            raise StorageError("the disk is full")
+        return real(root, saved)
+
+    class Ask(Callback):
+        def on_step_end(self, state: State, result: StepResult) -> None:
+            if result.step == 2:
+                (job.folder / "SAVE").touch()
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    job = make_job(steps=4, callbacks=[Ask()])
+    assert train(job).state.step == 4
+    assert saved_steps(job) == [4] and not (job.folder / "SAVE").exists()
+    said = capsys.readouterr().err
+    assert "the disk is full; training goes on" in said and "saved, as" not in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -163,3 +164,25 @@ def test_an_evaluation_is_repeated_too(make_job: MakeJob) -> None:
 )
 def test_which_errors_say_so(error: BaseException, is_one: bool) -> None:
     assert is_out_of_memory(error) is is_one
+
+
+def test_what_has_failed_is_gone_before_it_is_tried_again(make_job: MakeJob) -> None:
+    class Watched(Small):
+        """Remembers the loss of each call, and which of them were still there at the next one."""
+
+        def __init__(self) -> None:
+            super().__init__(20, backward=True)
+            self.last: weakref.ref[torch.Tensor] | None = None
+            self.left: list[bool] = []
+
+        def __call__(self, policy: TinyPolicy, batch: Batch) -> Loss:
+            self.left.append(self.last is not None and self.last() is not None)
+            tokens = len(batch.input_ids)
+            loss = super().__call__(policy, batch)
+            self.last = weakref.ref(loss.sum) if tokens > self.room else None  # of what fails
+            return loss
+
+    objective = Watched()
+    train(run(make_job, "run", objective, held_out=False))
+    assert objective.seen[0] > 20 >= max(objective.seen[1:])
+    assert not any(objective.left)

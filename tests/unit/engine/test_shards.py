@@ -139,12 +139,12 @@ def test_a_weight_of_another_shape_is_named(tmp_path: Path):
         shards.load(folder, layout(0, 2) | {"norm": Part((6,), 0, 3)})
 
 
-def failing(which: str) -> Callable[..., Any]:
+def failing(which: str, error: Exception) -> Callable[..., Any]:
     write = checkpoint.write_tensors
 
     def written(path: Path, tensors: Any) -> Any:
         if which in path.name:
-            raise OSError(28, "No space left on device")
+            raise error
         return write(path, tensors)
 
     return written
@@ -152,7 +152,7 @@ def failing(which: str) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("which", ["model-00001", "optimizer-00002"])
 def test_one_rank_that_fails_is_heard_of_by_all(tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(checkpoint, "write_tensors", failing(which))
+    monkeypatch.setattr(checkpoint, "write_tensors", failing(which, OSError(28, "No space left on device")))
     heard = save(tmp_path, 2, 2)
     assert len(set(heard)) == 1
     assert f"rank {int(which[-1]) - 1}: [Errno 28] No space left on device" in heard[0]
@@ -163,3 +163,21 @@ def test_a_folder_that_cannot_be_made_is_heard_of_by_all(tmp_path: Path):
     (tmp_path / "file").write_text("")
     heard = save(tmp_path / "file", 2, 2)
     assert len(set(heard)) == 1 and "could not be written" in heard[0]
+
+
+@pytest.mark.parametrize("which", ["model-00001", "optimizer-00002"])
+def test_a_rank_without_memory_for_its_files_is_heard_of_by_all(tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoint, "write_tensors", failing(which, RuntimeError("can't allocate memory")))
+    heard = save(tmp_path, 2, 2)
+    assert len(set(heard)) == 1
+    assert f"rank {int(which[-1]) - 1}: can't allocate memory" in heard[0]
+
+
+def test_what_the_first_rank_fails_at_beside_its_shards_is_heard_of_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise MemoryError("no memory for the random states")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda path, tensors: path.write_bytes(b"") and {})
+    heard = save(tmp_path, 2, 2)
+    assert len(set(heard)) == 1 and "step-000004 could not be written: no memory for the random states" in heard[0]

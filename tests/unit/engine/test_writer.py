@@ -126,3 +126,16 @@ def test_an_old_checkpoint_that_cannot_be_deleted_harms_nobody(
         writer.wait()
         assert [written.error for written in writer.finished()] == [None, None]
     assert steps(tmp_path) == [1, 2] and "could not be deleted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_whatever_goes_wrong_in_the_thread_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool) -> None:
+    def fail(root: Path, saved: Checkpoint) -> Path:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    with Writer(tmp_path, keep=1, background=background) as writer:
+        writer.write(content(1))
+        writer.wait()
+        (written,) = writer.finished()
+    assert written.error is not None and "step-000001 could not be written: can't allocate memory" in str(written.error)
