@@ -34,13 +34,16 @@ from types import TracebackType
 from typing import IO, Literal, cast
 
 from burnish.core.errors import BurnishError, DataError, Where
+from burnish.core.signals import POLITE
 from burnish.data.pipeline import CHUNK_ROWS, Chunk, Pipeline, Task
 
 _PLACE = struct.Struct("<q")
 _SMALL = 8 * CHUNK_ROWS  # so many rows are prepared sooner than a worker starts (a second or two of imports)
 _MOST = 32
 # Not `-m`: classes of this module would then belong to `__main__` and could not be sent back.
-_START = f"from {__name__} import main; main()"
+# Signals reach every process of a terminal, a batch job or a service; the main one alone decides what to do. From the first moment on,
+# since the imports take a second or two.
+_START = f"import signal; [signal.signal(n, signal.SIG_IGN) for n in {[int(n) for n in POLITE]}]; from {__name__} import main; main()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +209,6 @@ def _environment() -> dict[str, str]:
 
 def main() -> None:
     """A worker's life: read the pipeline, then answer chunks until the pipe ends (also when the main process is killed)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides what to do
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not get between the answers
     questions = sys.stdin.buffer

@@ -204,7 +204,7 @@ class _Group:
             try:
                 for number in range(self._count):
                     self._ranks.append(self._start(number, listening.getsockname()[1], line.far_end))
-                board = serve(listening)
+                board = serve(listening, self._attempt)
                 return self._settle(self._wait(board))
             finally:
                 for rank in self._ranks:

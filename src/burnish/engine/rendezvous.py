@@ -17,6 +17,7 @@ from typing import Any, Protocol
 __all__ = ["VERDICT", "Board", "collectives", "connect", "serve", "verdict"]
 
 _OURS = "burnish"  # keeps our notes apart from torch's own
+_ATTEMPT = "TORCHELASTIC_RESTART_COUNT"  # torchrun keeps its board when it starts the ranks again: old notes are not for them
 VERDICT = "verdict"
 """The note in which a watchdog says which rank hangs."""
 
@@ -59,17 +60,21 @@ def connect(environ: Mapping[str, str] = os.environ, *, timeout: float = 60.0) -
 
     address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     store: Any = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False)
-    return PrefixStore(_OURS, store)
+    return PrefixStore(_prefix(environ.get(_ATTEMPT, "0")), store)
 
 
-def serve(listening: socket.socket) -> Board:
+def serve(listening: socket.socket, attempt: int = 0) -> Board:
     """Keeps the board for processes of this machine, on a socket that is bound already. It lives as long as what is returned."""
     from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # torch exports it without saying so
 
     address, port = listening.getsockname()
     # The store closes the descriptor that it is given.
     store: Any = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listening.fileno()))
-    return PrefixStore(_OURS, store)
+    return PrefixStore(_prefix(str(attempt)), store)
+
+
+def _prefix(attempt: str) -> str:
+    return f"{_OURS}/{attempt}"
 
 
 def collectives() -> int:

@@ -27,7 +27,7 @@ from burnish.engine.flat import FlatAdamW
 from burnish.engine.guard import GradientGuard
 from burnish.engine.optim import set_learning_rate
 from burnish.engine.spikes import Spikes
-from burnish.objectives.base import Loss, Objective, StepObjective
+from burnish.objectives.base import Loss, Objective, StepObjective, Totals
 
 __all__ = ["StepResult", "Stepper", "begin_step", "is_out_of_memory"]
 
@@ -63,8 +63,35 @@ def begin_step(batches: Iterable[Batch], objective: Objective, policy: Any, back
         return moved
     whole = list(moved)
     with backend.autocast():
-        backend.compute(lambda: objective.begin_step(policy, whole, backend.sums))
+        if backend.world_size == 1 or backend.sharded:
+            backend.compute(lambda: objective.begin_step(policy, whole, backend.sums))
+        else:
+            _together(backend, lambda totals: objective.begin_step(policy, whole, totals))
     return whole
+
+
+class _NoMemoryElsewhere(MemoryError):
+    """Memory has run out on another rank."""
+
+
+def _together(backend: Backend, call: Callable[[Totals], None]) -> None:
+    """Calls what adds up over the ranks: where memory runs out on one of them, it does so on all, and none waits for a sum."""
+
+    def agree(failed: bool) -> None:
+        if backend.any(failed) and not failed:
+            raise _NoMemoryElsewhere("out of memory on another rank")
+
+    def totals(values: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        agree(False)
+        return backend.sums(values)
+
+    try:
+        call(totals)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error) and not isinstance(error, _NoMemoryElsewhere):
+            agree(True)
+        raise
+    agree(False)
 
 
 class Stepper:

@@ -4,7 +4,7 @@ When one rank hangs, all others wait for it in a collective, and a time-out ther
 life on the board (`engine.rendezvous`) from time to time: the step, how many collectives the rank has entered, and where its main thread
 is. A main thread that stands at the same place for longer than `parallel.timeout` makes its thread look at the signs of all:
 
-    somebody moves                             a rank that loads, evaluates or saves for long: go on waiting
+    somebody moves, or its writing thread      a rank that loads, evaluates or saves for long: go on waiting
     some signs are old                         these ranks are stopped, or their machines are gone
     some have entered fewer collectives        these ranks hang by themselves: the others wait for them
     else                                       nobody can be told from the others, and all are listed
@@ -33,6 +33,7 @@ from burnish.core.log import LAUNCHER, console, print_error
 from burnish.engine.events import Callback, State
 from burnish.engine.rendezvous import VERDICT, Board, collectives, connect
 from burnish.engine.step import StepResult
+from burnish.engine.writer import THREAD
 
 __all__ = ["Sign", "Watchdog", "culprits"]
 
@@ -142,9 +143,11 @@ class Watchdog(Callback):
 
     def _sign(self) -> Sign:
         self._beat += 1
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        frames = sys._current_frames()
+        frame = frames.get(threading.main_thread().ident or 0)
         entered = collectives()
-        seen = (self._ticks, entered, _standing(frame))
+        writing = [_standing(frames.get(thread.ident or 0)) for thread in threading.enumerate() if thread.name == THREAD]
+        seen = (self._ticks, entered, _standing(frame), *writing)
         moves = self._moves + (seen != self._seen)
         self._seen = seen
         return Sign(self._rank, os.getpid(), socket.gethostname(), self._beat, moves, entered, self._step, _place(frame))

@@ -28,7 +28,10 @@ from burnish.engine.backend_fsdp import Sharding
 from burnish.engine.checkpoint import Checkpoint, flatten, unflatten
 from burnish.models.activations import free_memory
 
-__all__ = ["Writer", "Written"]
+__all__ = ["THREAD", "Writer", "Written"]
+
+THREAD = "checkpoint"
+"""The name of the thread that writes: while it moves, a main thread that waits for it does not hang."""
 
 _PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO}
 """Errors that network storage gives today and not a second later."""
@@ -91,7 +94,7 @@ class Writer:
         self.wait()
         if self._background and _size(content) < _ROOM * free_memory(torch.device("cpu")):
             copy = _copied(content)
-            self._thread = threading.Thread(target=self._write, args=(copy, best), name="checkpoint")
+            self._thread = threading.Thread(target=self._write, args=(copy, best), name=THREAD)
             self._thread.start()
         else:
             self._write(content, best)

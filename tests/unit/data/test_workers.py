@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from burnish.core.errors import DataError, RowError
+from burnish.core.signals import POLITE
 from burnish.data import workers as module
 from burnish.data.pipeline import Chunk, Pipeline, Task, chunks
 from burnish.data.sources.row import Row
@@ -128,6 +130,15 @@ def test_no_process_stays_behind(pipeline_of: PipelineOf) -> None:
         assert [process.poll() for process in processes] == [None, None]
     assert [process.poll() for process in processes] == [0, 0]
     assert not any(Path(worker._beat_file).exists() for worker in pool._all)
+
+
+@pytest.mark.parametrize("number", POLITE)
+def test_a_signal_to_all_processes_is_for_the_main_one(pipeline_of: PipelineOf, number: signal.Signals) -> None:
+    """Batch systems send it to every process of a job, and the main one saves and stops."""
+    with Workers(pipeline_of(), 1) as pool:
+        assert np.all(pool.submit([task(1, "ab")]).result().block.lengths == 3)
+        pool._all[0]._process.send_signal(number)
+        assert np.all(pool.submit([task(2, "ab")]).result().block.lengths == 4)
 
 
 def test_processes_are_killed_when_the_main_process_gives_up(pipeline_of: PipelineOf) -> None:

@@ -2,6 +2,10 @@
 
 import copy
 import math
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from burnish.data.types import Batch, Example
 from burnish.engine.backend import Backend, LossScale
 from burnish.engine.flat import FlatAdamW
 from burnish.engine.optim import build_optimizer
-from burnish.engine.step import Stepper
+from burnish.engine.step import Stepper, begin_step, is_out_of_memory
 from burnish.objectives.base import Loss
 
 EXAMPLES = TinyExamples(8)
@@ -249,3 +253,78 @@ def test_state_goes_in_and_out():
     state = {"step": 7, "skipped": 2, "skipped_in_a_row": 1, "loss_scale": [8.0, 5]}
     steps.restore(state)
     assert steps.state() == state
+
+
+class Meeting:
+    """Collectives of ranks that are threads. They must come in the same order on all."""
+
+    def __init__(self, world: int) -> None:
+        self.barrier = threading.Barrier(world, timeout=20)
+        self.said: list[tuple[str, Any]] = [("", None)] * world
+
+
+class Rank:
+    """What `begin_step` asks of a backend."""
+
+    device = torch.device("cpu")
+    sharded = False
+
+    def __init__(self, meeting: Meeting, rank: int, world: int) -> None:
+        self.meeting, self.rank, self.world_size = meeting, rank, world
+
+    def autocast(self) -> nullcontext[None]:
+        return nullcontext()
+
+    def compute(self, call: Callable[[], Any]) -> Any:
+        return call()
+
+    def meet(self, what: str, value: Any) -> list[Any]:
+        self.meeting.said[self.rank] = (what, value)
+        self.meeting.barrier.wait()
+        said = list(self.meeting.said)
+        self.meeting.barrier.wait()
+        assert {name for name, _ in said} == {what}
+        return [value for _, value in said]
+
+    def any(self, flag: bool) -> bool:
+        return any(self.meet("any", flag))
+
+    def sums(self, values: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        return {key: (sum(one[key][0] for one in self.meet("sums", values)), 0.0) for key in ("kl",)}
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_memory_that_runs_out_before_the_losses_of_a_step_has_run_out_on_all_ranks(place: int):
+    """A rank that gave up between two sums would leave the others in the next one."""
+
+    class Sums:
+        needs_reference = False
+
+        def __init__(self, fails: bool) -> None:
+            self.fails = fails
+
+        def begin_step(self, policy: Any, batches: Any, totals: Any) -> None:
+            for number in range(3):
+                if self.fails and number == place:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                if number < 2:
+                    assert totals({"kl": (1.0, 1.0)})["kl"][0] == 3.0
+
+        def __call__(self, policy: Any, batch: Any) -> Loss:
+            raise AssertionError
+
+    meeting, ended = Meeting(3), ["" for _ in range(3)]
+
+    def work(rank: int) -> None:
+        try:
+            begin_step([], Sums(rank == 1), None, Rank(meeting, rank, 3))  # pyright: ignore[reportArgumentType]
+            ended[rank] = "went well"
+        except Exception as error:
+            ended[rank] = "no memory" if is_out_of_memory(error) else repr(error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert ended == ["went well" if place == 3 else "no memory"] * 3

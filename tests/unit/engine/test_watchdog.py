@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from burnish.engine import watchdog
+from burnish.engine import checkpoint, watchdog
+from burnish.engine.checkpoint import Checkpoint
 from burnish.engine.events import State
 from burnish.engine.watchdog import Sign, Watchdog, culprits
+from burnish.engine.writer import Writer
 
 
 def signs(**changes: tuple[int, ...]) -> dict[int, Sign]:
@@ -83,3 +85,27 @@ def test_a_thread_that_stands_still_looks_the_same() -> None:
     assert frames[-1] == frames[-2] and len(frames[-1]) >= 3
     leave.set()
     thread.join()
+
+
+def test_who_waits_for_a_checkpoint_moves_as_long_as_it_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dog, frames = Watchdog(0, 2, timeout=1.0, folder=tmp_path), sys._current_frames
+    begun, on, there, end = (threading.Event() for _ in range(4))
+
+    def write(root: Path, content: Checkpoint) -> None:
+        begun.set()
+        on.wait()
+        there.set()
+        end.wait()
+
+    monkeypatch.setattr(checkpoint, "save", write)
+    monkeypatch.setattr(watchdog.sys, "_current_frames", lambda: {**frames(), threading.main_thread().ident: None})  # it stands still
+    monkeypatch.setattr(watchdog, "collectives", lambda: 0)
+    with Writer(tmp_path, keep=1) as writer:
+        writer.write(Checkpoint(1, {}, {"state": {}}, {}, {}))
+        begun.wait()
+        dog._moves = dog._sign().moves
+        on.set()
+        there.wait()
+        moved = dog._sign().moves > dog._moves
+        end.set()
+    assert moved
