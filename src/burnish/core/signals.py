@@ -8,15 +8,35 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 from burnish.core.errors import Interrupted
 
-__all__ = ["POLITE", "Interruptible"]
+__all__ = ["POLITE", "Interruptible", "Repeats"]
 
 POLITE = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """What asks a process to end: Ctrl-C, whoever manages processes, and batch systems before the time is up."""
+
+
+_ONE = 1.0  # second
+
+
+class Repeats:
+    """Tells a signal that comes from two sides at once from one that is sent again.
+
+    Batch systems and service managers send theirs to all processes of a job, and a launcher passes on what it got, so that a rank gets it
+    twice. Ctrl-C comes from somebody's hand: each one counts.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[int, float] | None = None
+
+    def is_one(self, number: int) -> bool:
+        """Whether a signal that has just come is the one before."""
+        before, self._last = self._last, self._last or (number, time.monotonic())
+        return before is not None and number == before[0] != signal.SIGINT and time.monotonic() - before[1] < _ONE
 
 
 class Interruptible:
@@ -24,6 +44,8 @@ class Interruptible:
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
+        self._repeats = Repeats()
+        self._came = False
 
     def __enter__(self) -> Interruptible:
         if threading.current_thread() is threading.main_thread():  # Python allows no handlers elsewhere
@@ -35,7 +57,13 @@ class Interruptible:
         self._restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._restore()
+        if self._repeats.is_one(number):
+            return
+        if self._came:
+            self._restore()
+            signal.raise_signal(number)
+            return
+        self._came = True
         raise Interrupted(f"stopped by {signal.Signals(number).name} outside of training", hint="run the same command again to go on")
 
     def _restore(self) -> None:

@@ -13,7 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from burnish.core.log import console, warn
-from burnish.core.signals import POLITE
+from burnish.core.signals import POLITE, Repeats
 from burnish.engine.step import StepResult
 
 __all__ = ["Callback", "Callbacks", "Requests", "State"]
@@ -122,6 +122,7 @@ class Requests:
         self.received: signal.Signals | None = None
         self._files = {self.STOP: folder / "STOP", self.SAVE: folder / "SAVE"} if active else {}
         self._before: dict[int, Any] = {}
+        self._repeats = Repeats()
 
     def __enter__(self) -> Requests:
         self.answered(self.STOP | self.SAVE)  # what was left lying there is not for this run
@@ -150,6 +151,8 @@ class Requests:
                     file.unlink(missing_ok=True)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._repeats.is_one(number):
+            return
         if self.received is not None:
             console.show_cursor(True)  # a progress bar hides it
             os._exit(128 + number)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from burnish.core.errors import BurnishError, DataError, Elsewhere
+from burnish.core.errors import BurnishError, DataError, Elsewhere, Interrupted
 from burnish.core.log import LAUNCHER, notice
 from burnish.engine.backend import Backend
 from burnish.engine.rendezvous import Board, connect
@@ -94,6 +94,13 @@ class _Meeting:
         return result
 
     def _wait(self, over: Callable[[], bool], whom: str) -> None:
+        try:
+            self._look(over, whom)
+        except Interrupted:  # by a signal that whoever works may have got too: it need not wait until this rank hears of that
+            self._board.add(self._key("heard"), 1)
+            raise
+
+    def _look(self, over: Callable[[], bool], whom: str) -> None:
         began, pause, said = time.monotonic(), self._pause, False
         while not over():
             if self._board.check([self._key("failed")]):

@@ -56,14 +56,35 @@ def test_ctrl_c_saves_and_exits_3_and_the_run_goes_on(tmp_path: Path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == int(folder.name.removeprefix("step-"))
 
 
+TWICE = """
+import signal
+class Twice(Callback):
+    def on_step_end(self, state, result):
+        if result.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+try:"""
+
+
+def test_a_signal_that_comes_from_two_sides_at_once_is_one(tmp_path: Path):
+    """Batch and service managers send it to all processes, and a launcher passes on what it got."""
+    process = start(tmp_path, SCRIPT.replace("try:", TWICE).replace("[Slow()]", "[Slow(), Twice()]"))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert (tmp_path / "checkpoints" / "step-000002" / "manifest.json").is_file()
+
+
 def test_a_second_signal_ends_at_once(tmp_path: Path):
     process = start(tmp_path, SCRIPT.replace("0.05", "30"))
     process.send_signal(signal.SIGTERM)
     assert process.stderr is not None
     while "stopping after this step" not in process.stderr.readline():
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)  # long before the step's 30 seconds are over
+    while process.poll() is None:  # the first ones may be taken for the same signal
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     assert not (tmp_path / "checkpoints").exists()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from burnish.core.errors import DataError, Elsewhere
+from burnish.core.errors import DataError, Elsewhere, Interrupted
 from burnish.engine import together
 from burnish.engine.together import Seat, _Meeting, agree, once_per_machine
 
@@ -139,3 +139,20 @@ def test_machines_with_other_rows_are_named() -> None:
         agree("a", what="the training rows", backend=Alone(0, unlike))  # pyright: ignore[reportArgumentType]
     with pytest.raises(Elsewhere):
         agree("b", what="the training rows", backend=Alone(2, unlike))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_signal_to_all_is_not_waited_for_until_all_have_heard_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "_HEARD_WITHIN", 600.0)
+    came, check = threading.Event(), Board.check
+
+    def interrupted(board: Board, keys: list[str]) -> bool:
+        if came.is_set():
+            raise Interrupted("stopped by SIGTERM")
+        return check(board, keys)
+
+    def work(rank: int) -> None:
+        came.set()
+        raise Interrupted("stopped by SIGTERM")
+
+    monkeypatch.setattr(Board, "check", interrupted)
+    assert [type(found) for found in meet(work, machines=1)] == [Interrupted] * 3
