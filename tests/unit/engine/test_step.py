@@ -293,31 +293,33 @@ class Rank:
         return {key: (sum(one[key][0] for one in self.meet("sums", values)), 0.0) for key in ("kl",)}
 
 
+class Sums:
+    """An objective with two sums over the ranks, of which one rank has no memory before the sum `place`, or before none."""
+
+    needs_reference = False
+
+    def __init__(self, place: int | None) -> None:
+        self.place = place
+
+    def begin_step(self, policy: Any, batches: Any, totals: Any) -> None:
+        for number in range(3):
+            if number == self.place:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            if number < 2:
+                assert totals({"kl": (1.0, 1.0)})["kl"][0] == 3.0
+
+    def __call__(self, policy: Any, batch: Any) -> Loss:
+        raise AssertionError
+
+
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 def test_memory_that_runs_out_before_the_losses_of_a_step_has_run_out_on_all_ranks(place: int):
     """A rank that gave up between two sums would leave the others in the next one."""
-
-    class Sums:
-        needs_reference = False
-
-        def __init__(self, fails: bool) -> None:
-            self.fails = fails
-
-        def begin_step(self, policy: Any, batches: Any, totals: Any) -> None:
-            for number in range(3):
-                if self.fails and number == place:
-                    raise torch.OutOfMemoryError("CUDA out of memory")
-                if number < 2:
-                    assert totals({"kl": (1.0, 1.0)})["kl"][0] == 3.0
-
-        def __call__(self, policy: Any, batch: Any) -> Loss:
-            raise AssertionError
-
     meeting, ended = Meeting(3), ["" for _ in range(3)]
 
     def work(rank: int) -> None:
         try:
-            begin_step([], Sums(rank == 1), None, Rank(meeting, rank, 3))  # pyright: ignore[reportArgumentType]
+            begin_step([], Sums(place if rank == 1 else None), None, Rank(meeting, rank, 3))  # pyright: ignore[reportArgumentType]
             ended[rank] = "went well"
         except Exception as error:
             ended[rank] = "no memory" if is_out_of_memory(error) else repr(error)
