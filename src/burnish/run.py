@@ -35,6 +35,7 @@ from burnish.config.run import RunConfig
 from burnish.config.sections import Adapter, Model
 from burnish.core.errors import CheckpointError, ConfigError, Interrupted
 from burnish.core.log import busy, info
+from burnish.core.signals import Stopped
 from burnish.data.account import Account
 from burnish.data.cache import Examples
 from burnish.data.loader import ExampleSet, Loader, eval_batches
@@ -344,7 +345,7 @@ class Run:
                 self._files.finish(outcome.state.step, self._identity)
             seconds = time.perf_counter() - began
             info(f"done in {seconds:.0f} s: {self._files.model}  report: {self.folder / 'report.html'}")
-        except Interrupted:
+        except (Interrupted, Stopped):
             self._files.report(stopped=True)
             raise
         finally:

@@ -14,7 +14,7 @@ from typing import Any
 
 from burnish.core.errors import Interrupted
 
-__all__ = ["POLITE", "Interruptible", "Repeats"]
+__all__ = ["POLITE", "Interruptible", "Repeats", "Stopped"]
 
 POLITE = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """What asks a process to end: Ctrl-C, whoever manages processes, and batch systems before the time is up."""
@@ -39,8 +39,16 @@ class Repeats:
         return before is not None and number == before[0] != signal.SIGINT and time.monotonic() - before[1] < _ONE
 
 
+class Stopped(BaseException):
+    """A polite signal on its way out.
+
+    As KeyboardInterrupt it is no Exception: whoever tries a model out and catches all that may go wrong would take the signal for a fault
+    of the model, and go on.
+    """
+
+
 class Interruptible:
-    """A context in which the first polite signal raises Interrupted, wherever the program is; a second one ends the process."""
+    """A context that ends with Interrupted on the first polite signal, wherever the program is; a second one ends the process."""
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
@@ -55,6 +63,8 @@ class Interruptible:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
+        if isinstance(error, Stopped):
+            raise Interrupted(str(error), hint="run the same command again to go on") from None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._repeats.is_one(number):
@@ -64,7 +74,7 @@ class Interruptible:
             signal.raise_signal(number)
             return
         self._came = True
-        raise Interrupted(f"stopped by {signal.Signals(number).name} outside of training", hint="run the same command again to go on")
+        raise Stopped(f"stopped by {signal.Signals(number).name} outside of training")
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

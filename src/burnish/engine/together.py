@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from burnish.core.errors import BurnishError, DataError, Elsewhere, Interrupted
 from burnish.core.log import LAUNCHER, notice
+from burnish.core.signals import Stopped
 from burnish.engine.backend import Backend
 from burnish.engine.rendezvous import Board, connect
 
@@ -84,6 +85,9 @@ class _Meeting:
         except BurnishError as error:
             self._fail(error, error.exit_code)
             raise
+        except Stopped as stop:
+            self._fail(stop, Interrupted.exit_code)
+            raise
         except Exception as error:
             self._fail(error, 1)
             raise
@@ -96,7 +100,7 @@ class _Meeting:
     def _wait(self, over: Callable[[], bool], whom: str) -> None:
         try:
             self._look(over, whom)
-        except Interrupted:  # by a signal that whoever works may have got too: it need not wait until this rank hears of that
+        except Stopped:  # by a signal that whoever works may have got too: it need not wait until this rank hears of that
             self._board.add(self._key("heard"), 1)
             raise
 
@@ -116,7 +120,7 @@ class _Meeting:
         """One of those that wait on a machine says so, or all, where the launcher keeps what they say in files."""
         return self._seat.local_rank <= 1 or LAUNCHER in os.environ
 
-    def _fail(self, error: Exception, code: int) -> None:
+    def _fail(self, error: BaseException, code: int) -> None:
         """Tells the others, and gives them time to hear it: whoever is gone first may take the board along."""
         mine = json.dumps({"rank": self._seat.rank, "code": code, "text": str(error)})
         valid = self._board.compare_set(self._key("failed"), "", mine).decode()

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from burnish.core.errors import DataError, Elsewhere, Interrupted
+from burnish.core.errors import DataError, Elsewhere
+from burnish.core.signals import Stopped
 from burnish.engine import together
 from burnish.engine.together import Seat, _Meeting, agree, once_per_machine
 
@@ -52,7 +53,7 @@ def meet(work: Callable[[int], Any], *, machines: int = 2, each: int = 3) -> lis
         seat = Seat(number, number % each, machines * each)
         try:
             found[number] = _Meeting(board, seat, "prepare the data", pause=0.001).hold(lambda: work(number))
-        except Exception as error:
+        except (Exception, Stopped) as error:
             found[number] = error
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(machines * each)]
@@ -147,12 +148,12 @@ def test_a_signal_to_all_is_not_waited_for_until_all_have_heard_of_it(monkeypatc
 
     def interrupted(board: Board, keys: list[str]) -> bool:
         if came.is_set():
-            raise Interrupted("stopped by SIGTERM")
+            raise Stopped("stopped by SIGTERM")
         return check(board, keys)
 
     def work(rank: int) -> None:
         came.set()
-        raise Interrupted("stopped by SIGTERM")
+        raise Stopped("stopped by SIGTERM")
 
     monkeypatch.setattr(Board, "check", interrupted)
-    assert [type(found) for found in meet(work, machines=1)] == [Interrupted] * 3
+    assert [type(found) for found in meet(work, machines=1)] == [Stopped] * 3
