@@ -5,8 +5,9 @@
     site/sitecustomize.py                       into ranks that burnish starts by itself
 
 A fault names a point (`at`), which time that the point is reached it begins (`number`, from 1) and for how many times it goes on
-(`times`, 0: for ever); or the optimiser step that is or will be next (`step`, from 1; `after`: from then on). It may be for one `rank`
-only, and for one process only (`once`, a file to remember it).
+(`times`, 0: for ever); or the optimiser step that is or will be next (`step`, from 1; `after`: from then on), or the save that has
+begun (`saves`: from then on; saves lag behind steps, which do not wait for them). It may be for one `rank` only, and for one process
+only (`once`, a file to remember it).
 
     load, evaluate, save, prune, export, report     these are about to begin
     step, forward, backward, optimizer, update      a micro-batch, its loss, the gradient of a weight in its middle; the optimiser; all
@@ -50,6 +51,7 @@ class Injector:
     def __init__(self) -> None:
         self.faults: list[dict[str, Any]] = []
         self.step = 0
+        self.saves = 0
         self.unflushed: dict[str, int] = {}  # files that were written to, and their size when that began
         self._busy = False
 
@@ -66,10 +68,13 @@ class Injector:
         """Tells that a point is reached. Returns what the caller must do itself (`nan`, `spike`), or None."""
         if self._busy:
             return None
+        self.saves += point == "save"
         for fault in self.faults:
             if fault["at"] != point or not re.search(fault.get("match", ""), detail):
                 continue
-            if self.step < fault.get("after", 0) or fault.get("step", self.step) != self.step:
+            if self.step < fault.get("after", 0) or self.saves < fault.get("saves", 0):
+                continue
+            if fault.get("step", self.step) != self.step:
                 continue
             fault["seen"] += 1
             first, times = fault.get("number", 1), fault["times"]
