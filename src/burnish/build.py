@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -36,6 +38,7 @@ def build_policy(
     model: Model, adapter: Adapter | None, backend: Backend, tokenizer: PreTrainedTokenizerFast, *, judges: Judges | None = None
 ) -> Policy:
     """Loads a model, puts the adapter on it, and a score head where it `judges`, and wraps all as a policy."""
+    reads = backend.reads_weights
     whole = load_model(
         model,
         compute_dtype=backend.storage_dtype,
@@ -43,17 +46,19 @@ def build_policy(
         trainable=adapter is None,
         tokenizer=tokenizer,
         scorer=judges is not None,
+        weights=reads,
     )
     trained: nn.Module = whole
-    if adapter is not None:
-        trained = attach(whole, adapter, new_token_ids=add_tokens(tokenizer, model.new_tokens), revision=model.revision)
-    if judges is not None:
-        attach_score(trained, judges)
-    # What runs on a GPU is proven on that GPU: weights that are on the host until they are cut into shards have nothing to prove it with.
-    unproven = backend.load_device != backend.device
-    policy = Policy(trained, tokenizer, attention=model.attention, kernels=model.kernels == "auto" and not unproven)
+    with nullcontext() if reads else torch.device("meta"):
+        if adapter is not None:
+            trained = attach(whole, adapter, new_token_ids=add_tokens(tokenizer, model.new_tokens), revision=model.revision)
+        if judges is not None:
+            attach_score(trained, judges)
+    # What runs on a GPU is proven on that GPU: weights that one rank has, on the host, have nothing to prove it with on all of them.
+    unproven = backend.spreads
+    policy = Policy(trained, tokenizer, attention=model.attention, kernels=model.kernels == "auto" and not unproven, verify=reads)
     if unproven and model.kernels == "auto":
-        policy.kernels = KernelReport(reason="the weights are loaded on the host, where fast modules for this device cannot be proven")
+        policy.kernels = KernelReport(reason="one process loads the weights, where fast modules cannot be proven for all")
     return policy
 
 
@@ -84,8 +89,13 @@ def fit_activations(train: Train, policy: Policy, backend: Backend, micro_batch_
     if backend.sharded:
         trained = trained / backend.shards - backend.freed_by_shards(policy.model)
     budget = _ROOM * _free(backend) - trained - policy.head_bytes()
+    if not backend.reads_weights:
+        line, ways = backend.from_main(("", policy.recomputed))
+        policy.recompute(ways, tile=train.mlp_tile)
+        return line
     with backend.autocast():
-        return policy.fit_activations(micro_batch_tokens, budget, tile=train.mlp_tile)
+        line = policy.fit_activations(micro_batch_tokens, budget, tile=train.mlp_tile)
+    return backend.from_main((line, policy.recomputed))[0] if backend.spreads else line
 
 
 def _free(backend: Backend) -> float:

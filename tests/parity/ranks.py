@@ -1,6 +1,7 @@
 """Runs that several processes train together, started by torchrun: `ranks.py CASES.json` with a list of cases.
 
-A case is {"settings": of the run, "stop": step after which a signal comes, "broken": rank that cannot write its part of a checkpoint}.
+A case is {"settings": of the run, "stop": step after which a signal comes, "broken": rank that cannot write its part of a checkpoint,
+"spread": only rank 0 may read the model's weights}.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,7 @@ from burnish.core.errors import CheckpointError, Interrupted
 from burnish.engine import checkpoint
 from burnish.engine.events import Callback, State
 from burnish.engine.step import StepResult
+from burnish.models import load
 from burnish.run import Run
 
 
@@ -37,10 +41,12 @@ class StopAfter(Callback):
 def train(case: dict[str, Any]) -> None:
     """Trains one case to its end, or to where it is stopped."""
     callbacks = [StopAfter(case["stop"])] if "stop" in case else []
-    try:
-        Run.from_config(case["settings"], callbacks=callbacks).train()
-    except Interrupted:
-        assert callbacks
+    blind = patch.object(load, "_load", side_effect=AssertionError("this rank reads weights"))
+    with blind if case.get("spread") and dist.get_rank() else nullcontext():
+        try:
+            Run.from_config(case["settings"], callbacks=callbacks).train()
+        except Interrupted:
+            assert callbacks
 
 
 def refuse_to_write(case: dict[str, Any]) -> None:

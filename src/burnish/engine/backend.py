@@ -70,6 +70,8 @@ class Backend:
         self.strategy = _strategy(self._parallel, self.world_size)
         self.reason = ""
         self.load_device = self.device
+        self.spreads = False
+        """Rank 0 alone reads the weights, into the host's memory, and sends each rank its part. Known after `settle`."""
         self._sharding: Sharding | None = None
         self.compute_dtype = resolve_precision(precision, self.device)
         self.loss_scale = LossScale() if self.compute_dtype == torch.float16 else None
@@ -120,7 +122,8 @@ class Backend:
             self.strategy = "ddp" if fits or not cuttable else "fsdp"
             size = f"{_gib(weights + rest)} of weights, gradients and optimiser state"
             self.reason = f"{size} {'fit into' if fits else 'exceed'} {_gib(room)}"
-        if self.sharded and cuttable and (self._parallel.offload or weights > room):
+        self.spreads = self.sharded and cuttable and (self._parallel.offload or weights > room)
+        if self.spreads:
             self.load_device = torch.device("cpu")
 
     @property
@@ -147,6 +150,11 @@ class Backend:
                 hint="take a divisor",
             )
         return shards
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether this rank reads the model's weights; one that does not has them on the meta device until `shard`."""
+        return self.is_main or not self.spreads
 
     def freed_by_shards(self, model: nn.Module) -> float:
         """Bytes of this device that a model will no longer take once it is cut into shards."""
@@ -176,14 +184,17 @@ class Backend:
         """
         if not self.sharded:
             return
+        if self.spreads:
+            policy.take_findings(self.from_main(policy.findings))
         if not policy.anatomy.packed:
             raise ConfigError(
                 "this model is computed one segment at a time, which ranks that gather its weights together cannot do",
                 where=Where(field="parallel.strategy"),
                 hint="use ddp",
             )
-        self._broadcast(policy.model)
-        options = {"offload": self._parallel.offload, "reshard": self._parallel.reshard}
+        if not self.spreads:
+            self._broadcast(policy.model)
+        options = {"offload": self._parallel.offload, "reshard": self._parallel.reshard, "spread": self.spreads}
         self._sharding = Sharding(policy.model, policy.layers, self.device, shards=self.shards, **options)
         policy.hold_shards(self._sharding)
 
@@ -258,6 +269,14 @@ class Backend:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def from_main(self, value: T) -> T:
+        """`value` of rank 0."""
+        if self.world_size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
 
     def sums(self, values: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
         """(sum, count) pairs added over the ranks, key by key; a rank may lack a key."""

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from burnish.engine.backend_weights import Weights, replace_parameters
 from burnish.objectives.base import Loss
 
 __all__ = ["Part", "Sharding"]
@@ -62,10 +63,19 @@ class Sharding:
         offload: Keep the shards, their gradients and the optimiser's state in the host's memory.
         reshard: Give layers back after the forward pass. Without, they stay whole until the backward pass is over: less traffic, and as
             much memory as whole weights.
+        spread: Only rank 0's model has weights; the others are on the meta device, and are given theirs.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[nn.Module], device: torch.device, *, shards: int, offload: bool, reshard: bool
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        device: torch.device,
+        *,
+        shards: int,
+        offload: bool,
+        reshard: bool,
+        spread: bool = False,
     ) -> None:
         rank, world = dist.get_rank(), dist.get_world_size()
         self.shards, self.replicas = shards, world // shards
@@ -78,11 +88,15 @@ class Sharding:
         codes = {parameter for parameter in model.parameters() if parameter.dtype.itemsize == 1}
         self.replicated = sum(parameter.nbytes for parameter in codes)
         options: dict[str, Any] = {"mesh": mesh, "offload_policy": policy, "ignored_params": codes}
+        weights = Weights(model) if spread else None
         for layer in layers:
             fully_shard(layer, reshard_after_forward=reshard, **options)
         self._units = [cast(FSDPModule, layer) for layer in layers]
         self._root: Any = fully_shard(_Root(model), reshard_after_forward=False, **options)
         self._device = device
+        if weights is not None:
+            home = torch.device("cpu") if offload else device
+            weights.hand_out(model, device, lambda whole: whole[self._stretch(whole.shape[0])].to(home, copy=True))
         self._group = mesh["shards"].get_group() if self.replicas > 1 else mesh.get_group()
         # Of their own, so that a thread that saves does not meet what the training sends.
         members = [[first + place for place in range(shards)] for first in range(0, world, shards)]
@@ -156,19 +170,12 @@ class Sharding:
                 found = self._gathered(parameter)
                 if found is not None:
                     wholes[id(parameter)] = nn.Parameter(found, requires_grad=parameter.requires_grad)
-        places = [
-            (owner, name, parameter, wholes[id(parameter)])
-            for owner in self._model.modules()
-            for name, parameter in owner._parameters.items()
-            if parameter is not None and id(parameter) in wholes
-        ]
-        for owner, name, _, found in places:
-            owner._parameters[name] = found
+        shards = {id(wholes[id(parameter)]): parameter for parameter in self._model.parameters() if id(parameter) in wholes}
+        replace_parameters(self._model, wholes)
         try:
             yield
         finally:
-            for owner, name, parameter, _ in places:
-                owner._parameters[name] = parameter
+            replace_parameters(self._model, shards)
 
     def _gathered(self, parameter: Any) -> torch.Tensor | None:
         """The whole tensor on rank 0."""
@@ -183,10 +190,15 @@ class Sharding:
         """Of a shard that is full."""
         return -(-rows // self.shards)
 
-    def _part(self, whole: Any) -> Part:
-        rows, full = whole.shape[0], self._rows(whole.shape[0])
+    def _stretch(self, rows: int) -> slice:
+        """This rank's, of so many rows."""
+        full = self._rows(rows)
         start = min(self.shard * full, rows)
-        part = Part(tuple(whole.shape), start, min(start + full, rows))
+        return slice(start, min(start + full, rows))
+
+    def _part(self, whole: Any) -> Part:
+        stretch = self._stretch(whole.shape[0])
+        part = Part(tuple(whole.shape), stretch.start, stretch.stop)
         assert part.stop - part.start == _local(whole).shape[0]
         return part
 

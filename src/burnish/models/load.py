@@ -10,9 +10,9 @@ GGUF) only, because the older pickle files can run code when they are read; and 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,12 +35,14 @@ from burnish.models.locate import Location, locate, reading, require_hub
 from burnish.models.quantized import store_fp8
 from burnish.models.quiet import quiet
 
+T = TypeVar("T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SCORERS: dict[str, Any] = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
 }
 """Models that score text instead of writing it, by the end of their class's name."""
+_NOTHING_READ: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": (), "error_msgs": ()}
 _LISTED = 5  # this many names of weights stand in a message
 
 
@@ -53,6 +55,7 @@ def load_model(
     attention: str | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     scorer: bool = False,
+    weights: bool = True,
 ) -> PreTrainedModel:
     """Loads a causal language model, in evaluation mode.
 
@@ -66,6 +69,7 @@ def load_model(
         tokenizer: When given, the embeddings are grown to hold all its tokens if `model.new_tokens` asks for new ones, and it is an
             error if the tokenizer has more tokens than the model otherwise.
         scorer: A classification model (a reward model) will do as well.
+        weights: Without, only the configuration is read, and all tensors are on torch's meta device: for ranks that are given them.
 
     Raises:
         ModelError: when the model cannot be loaded, or its weights are not exactly those that its configuration asks for.
@@ -83,7 +87,7 @@ def load_model(
     }
     place = locate(model.path)
     with reading(model.path), quiet(downloads=place.kind == "hub"):
-        loaded, report = _load(model, place, options, attention)
+        loaded, report = _load(model, place, options, attention) if weights else (_empty(model, place, options, attention), _NOTHING_READ)
     if not scorer and not loaded.can_generate():
         raise ModelError(f"'{model.path}' is a {type(loaded).__name__}, expected a language model, which writes text")
     _check_complete(model.path, report)
@@ -100,17 +104,8 @@ def load_model(
 def count_parameters(model: Model) -> int:
     """How many weights a model has, told by its configuration alone."""
     place = locate(model.path)
-    with reading(model.path), quiet(), torch.device("meta"):
-        if place.kind == "gguf":
-            from burnish.models.gguf import GGUFFile
-            from burnish.models.gguf_weights import read_config
-
-            made: Any = AutoModelForCausalLM.from_config(read_config(GGUFFile(place.path)))
-        else:
-            options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-            config: Any = AutoConfig.from_pretrained(place.path, **options)
-            made = _loader_of(config.architectures).from_config(config, trust_remote_code=model.trust_remote_code)
-    return sum(parameter.numel() for parameter in made.parameters())
+    with reading(model.path), quiet():
+        return sum(parameter.numel() for parameter in _without_weights(model, place, {}).parameters())
 
 
 def stored_bytes(model: Model, compute_dtype: torch.dtype) -> float:
@@ -150,12 +145,37 @@ def _embedding_tables(model: PreTrainedModel) -> list[torch.Tensor]:
 
 def _load(model: Model, place: Location, options: dict[str, Any], attention: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
     load = _from_gguf if place.kind == "gguf" else _from_folder_or_hub
+    return _with_attention(attention, lambda name: load(model, place, {**options, "attn_implementation": name}))
+
+
+def _empty(model: Model, place: Location, options: dict[str, Any], attention: str | None) -> PreTrainedModel:
+    """The same model, in evaluation mode, its tensors on the meta device."""
+    dtype = options["dtype"]
+    made = _with_attention(attention, lambda name: _without_weights(model, place, {"dtype": dtype, "attn_implementation": name}))
+    return made.eval()
+
+
+def _with_attention(attention: str | None, load: Callable[[str], T]) -> T:
+    """Loads with the attention of that name; with `sdpa`, or what there is instead, where there is none."""
     try:
-        return load(model, place, {**options, "attn_implementation": attention or "sdpa"})
+        return load(attention or "sdpa")
     except ValueError as error:
         if attention is not None or "scaled_dot_product_attention" not in str(error):
             raise
-    return load(model, place, {**options, "attn_implementation": "eager"})
+    return load("eager")
+
+
+def _without_weights(model: Model, place: Location, options: dict[str, Any]) -> PreTrainedModel:
+    """The model that the configuration tells of, on the meta device."""
+    with torch.device("meta"):
+        if place.kind == "gguf":
+            from burnish.models.gguf import GGUFFile
+            from burnish.models.gguf_weights import read_config
+
+            return AutoModelForCausalLM.from_config(read_config(GGUFFile(place.path)), **options)
+        trust = {"trust_remote_code": model.trust_remote_code}
+        config: Any = AutoConfig.from_pretrained(place.path, revision=model.revision, **trust)
+        return _loader_of(config.architectures).from_config(config, **trust, **options)
 
 
 def _from_gguf(model: Model, place: Location, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -12,7 +12,7 @@ only in the whole model. With a frozen router, as under an adapter, it would hav
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol, TypeGuard, cast
@@ -93,6 +93,8 @@ class Policy:
         self._noise = _EmbeddingNoise()
         self._casts = Casts()
         self._offloaded: Collection[int] | None = None
+        self.recomputed: Sequence[activations.Way] | activations.Way = "keep"
+        """What of each layer, or of all, is computed again in the backward pass."""
         anatomy = dissect(model)
         self.kernels = KernelReport(reason="switched off")
         if not verify:
@@ -234,6 +236,16 @@ class Policy:
         whole = self.anatomy.whole
         return activations.layers_of(whole) if whole.supports_gradient_checkpointing else []
 
+    @property
+    def findings(self) -> tuple[bool, bool, tuple[str, ...]]:
+        """What the probe of the model has shown: it can be packed, its head was understood, and why not."""
+        return self.anatomy.packed, self.anatomy.head is not None, self.anatomy.doubts
+
+    def take_findings(self, findings: tuple[bool, bool, tuple[str, ...]]) -> None:
+        """Believes what the probe has shown elsewhere, where the weights are."""
+        packed, understood, doubts = findings
+        self.anatomy = replace(self.anatomy, packed=packed, head=self.anatomy.head if understood else None, doubts=doubts)
+
     def hold_shards(self, shards: Shards) -> None:
         """From now on `model` has its weights only while it computes, and `trainable` tells the parts that are here."""
         self._shards = shards
@@ -274,8 +286,13 @@ class Policy:
         Raises:
             ModelError: The model's code has no checkpointing.
         """
-        activations.apply(self.anatomy.whole, "layer" if on else "keep", tile=tile)
+        self.recompute("layer" if on else "keep", tile=tile)
         self._offloaded = storages(self.model) if offloaded else None
+
+    def recompute(self, ways: Sequence[activations.Way] | activations.Way, *, tile: int | None = None) -> None:
+        """Sets what each layer recomputes, or all of them; see `activations.apply`."""
+        activations.apply(self.anatomy.whole, ways, tile=tile)
+        self.recomputed = ways
 
     def fit_activations(self, tokens: int, budget: float, *, tile: int | None = None) -> str:
         """Recompute as little as fits, by measurement; see models/activations.py.
@@ -297,14 +314,14 @@ class Policy:
         def rehearsal() -> Any:
             return run(self.anatomy.backbone, ids, ids % (_MEASURED // 2), packed)
 
-        activations.apply(whole, "keep", tile=tile)
+        self.recompute("keep", tile=tile)
         with alone(self.model):
             needed = tokens * activations.kept_bytes(whole, rehearsal, _MEASURED)
             if needed <= budget:
                 return activations.describe([], tokens, needed, budget)
             costs = activations.measure(whole, rehearsal, _MEASURED)
         ways = activations.plan(costs, tokens, budget)
-        activations.apply(whole, ways, tile=tile)
+        self.recompute(ways, tile=tile)
         return activations.describe(ways, tokens, tokens * costs.total(ways), budget)
 
     def compile_layers(self, tokens: int) -> str:
