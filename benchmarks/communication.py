@@ -41,6 +41,8 @@ STRATEGIES: list[tuple[str, dict[str, Any]]] = [
     ("ddp", {"strategy": "ddp"}),
     ("fsdp", {"strategy": "fsdp"}),
     ("fsdp, reshard: false", {"strategy": "fsdp", "reshard": False}),
+    ("zero2", {"strategy": "zero2"}),
+    ("zero1", {"strategy": "zero1"}),
     ("hsdp, shards: 2", {"strategy": "hsdp", "shards": 2}),
 ]
 
@@ -123,6 +125,8 @@ def arithmetic(run: Run, parallel: dict[str, Any], micro_batches: int) -> dict[s
         return {"all_reduce": of([model], True, 1)}
     shards = backend.shards
     in_layers, everything, gradients = of(layers, False, shards), of([model], False, shards), of([model], True, shards)
+    if backend.strategy in ("zero1", "zero2"):
+        return {"all_gather": everything, "reduce_scatter": gradients * (1 if backend.strategy == "zero1" else micro_batches)}
     again = in_layers if parallel.get("reshard", True) else 0
     found = {"all_gather": micro_batches * (everything + again), "reduce_scatter": micro_batches * gradients}
     return found | ({"all_reduce": gradients / shards} if shards < backend.world_size else {})

@@ -26,6 +26,7 @@ LORA = {"rank": 4, "alpha": 8}
 PREFERENCES = {"train": {"path": str(ROWS / "preferences.jsonl"), "limit": 20}, "eval": 0.25, "max_length": 256}
 CONVERSATIONS = {"train": {"path": str(ROWS / "service_desk.jsonl"), "limit": 25}, "eval": 0.2, "max_length": 256}
 SPREAD = ["full", "plain", "kto"]
+ZERO = ["full", "dpo"]
 STEPS = 5
 Settings = dict[str, Any]
 Launch = Callable[[int, list[dict[str, Any]]], None]
@@ -152,6 +153,10 @@ def short(place: Path, tiny_model: Path, untied: Path, launch: Launch) -> dict[s
     runs["again"] = shared("fsdp", runs["chain"], "again")
     runs["broken"] = shared("fsdp", runs["chain"], "broken")
     two = [{"settings": settings} for name, settings in runs.items() if name.endswith("-fsdp2")]
+    for name in ZERO:
+        runs[f"{name}-zero2"] = shared("zero2", runs[name], f"{name}-zero2")
+        runs[f"{name}-zero1"] = shared("zero1", runs[name], f"{name}-zero1")
+    two += [{"settings": settings} for name, settings in runs.items() if name.endswith(("-zero1", "-zero2"))]
     for name in SPREAD:
         runs[f"{name}-spread2"] = shared("fsdp", runs[name], f"{name}-spread2", offload=True)
         two.append({"settings": runs[f"{name}-spread2"], "spread": True})
@@ -169,6 +174,12 @@ def short(place: Path, tiny_model: Path, untied: Path, launch: Launch) -> dict[s
 @pytest.mark.parametrize("name", ["full", "lora", "dpo", "kto", "distill"])
 def test_two_processes_with_shards_are_one(short: dict[str, Settings], name: str) -> None:
     assert_same(short[name], short[f"{name}-fsdp2"])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("name", ZERO)
+def test_each_stage_of_zero_is_one_process(short: dict[str, Settings], name: str, stage: int) -> None:
+    assert_same(short[name], short[f"{name}-zero{stage}"])
 
 
 @pytest.mark.parametrize("name", SPREAD)
@@ -224,6 +235,8 @@ WAYS: list[tuple[int, str, Settings]] = [
     (2, "fsdp", {}),
     (4, "fsdp", {}),
     (4, "hsdp", {"shards": 2}),
+    (2, "zero1", {}),
+    (4, "zero2", {}),
 ]
 
 
@@ -276,7 +289,7 @@ def test_what_is_sent_is_what_arithmetic_says(processes: int) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith(("whole model", "LoRA"))]
-    assert len(rows) == (8 if processes == 4 else 6)
+    assert len(rows) == (12 if processes == 4 else 10)
     assert all(row.endswith("| equal") for row in rows), rows
 
 

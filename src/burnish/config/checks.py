@@ -176,15 +176,16 @@ def patience_needs_evaluation(run: RunConfig) -> str | None:
 def strategy_uses_its_keys(run: RunConfig) -> str | None:
     """No key of a strategy is ignored in silence."""
     strategy = run.parallel.strategy
-    known = {"auto": ("reshard", "offload"), "fsdp": ("reshard", "offload"), "hsdp": ("shards", "reshard", "offload")}.get(strategy, ())
-    ignored = [key for key in _changed(run.parallel, "shards", "reshard", "offload") if key not in known]
+    known: dict[str, tuple[str, ...]] = {"none": (), "ddp": (), "zero1": ("offload",), "zero2": ("offload",)}
+    known["hsdp"] = ("shards", "reshard", "offload")
+    ignored = [key for key in _changed(run.parallel, *known["hsdp"]) if key not in known.get(strategy, ("reshard", "offload"))]
     return f"parallel.strategy: {strategy} has no {_and(ignored)}; leave {_them(ignored)} out" if ignored else None
 
 
 @_check("parallel.strategy", "train.optimizer", "train.compile", "train.offload_activations", "adapter.init")
 def shards_can_be_trained(run: RunConfig) -> str | None:
     """Some things need whole weights."""
-    why = unshardable(run) if run.parallel.strategy in ("fsdp", "hsdp") else None
+    why = unshardable(run) if run.parallel.strategy not in ("auto", "none", "ddp") else None
     return f"parallel.strategy: {run.parallel.strategy} cuts weights into shards, and {why}" if why else None
 
 

@@ -276,16 +276,18 @@ class Evaluation(Strict):
 class Parallel(Strict):
     """Several devices."""
 
-    strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    strategy: Literal["auto", "none", "ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"] = "auto"
     """How the work is shared out. `ddp`: every device holds the whole model. `fsdp`: weights, gradients and optimiser state in shards, one
-    on each device. `hsdp`: the same within groups of devices. `auto`: `ddp` where everything fits on each device, else `fsdp`."""
+    on each device. `hsdp`: the same within groups of devices. `auto`: `ddp` where everything fits on each device, else `fsdp`.
+    DeepSpeed's stages: `zero1`: weights and gradients are whole while a step is computed, the optimiser's state is in shards. `zero2`: so
+    are gradients. `zero3`: another name of `fsdp`."""
     shards: int | None = Field(default=None, ge=1)
     """hsdp: devices that share one copy of the model. Default: those of one machine."""
     reshard: bool = True
     """fsdp, hsdp: give a layer's weights back after the forward pass and gather them again for the backward pass. `false` sends less and
     holds all weights in between."""
     offload: bool = False
-    """fsdp, hsdp: keep the shards, their gradients and the optimiser's state in the host's memory."""
+    """fsdp, hsdp, zero: keep the shards, their gradients and the optimiser's state in the host's memory."""
     processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes that `burnish train` starts on this machine. `auto`: one for each accelerator, one where there is none.
     Under torchrun, accelerate launch or srun the launcher decides."""

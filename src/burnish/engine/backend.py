@@ -140,7 +140,7 @@ class Backend:
         """
         if not self.sharded:
             return 1
-        if self.strategy == "fsdp":
+        if self.strategy != "hsdp":
             return self.world_size
         shards = self._parallel.shards or self.local_processes
         if self.world_size % shards:
@@ -164,7 +164,7 @@ class Backend:
     @property
     def sharded(self) -> bool:
         """Whether each rank holds a part of every weight."""
-        return self.strategy in ("fsdp", "hsdp")
+        return self.strategy in ("fsdp", "hsdp", "zero1", "zero2")
 
     @property
     def sharding(self) -> Sharding | None:
@@ -195,7 +195,8 @@ class Backend:
         if not self.spreads:
             self._broadcast(policy.model)
         options = {"offload": self._parallel.offload, "reshard": self._parallel.reshard, "spread": self.spreads}
-        self._sharding = Sharding(policy.model, policy.layers, self.device, shards=self.shards, **options)
+        stage = {"zero1": 1, "zero2": 2}.get(self.strategy, 3)
+        self._sharding = Sharding(policy.model, policy.layers, self.device, shards=self.shards, stage=stage, **options)
         policy.hold_shards(self._sharding)
 
     def compute(self, call: Callable[[], T]) -> T:
@@ -395,7 +396,7 @@ def _strategy(parallel: Parallel, processes: int) -> str:
         return "none"
     if parallel.strategy == "none":
         raise ConfigError(f"'none' means one process, found {processes}", where=Where(field="parallel.strategy"))
-    return parallel.strategy
+    return "fsdp" if parallel.strategy == "zero3" else parallel.strategy
 
 
 def _gib(size: float) -> str:

@@ -8,6 +8,9 @@ holds this rank's parts as ordinary parameters in the memory that torch gathers 
 without knowing of ranks, as long as they treat every element by itself.
 
 HSDP: the ranks form groups of `shards` neighbours. Each group holds the whole model in shards, and gradients are averaged over the groups.
+
+ZeRO (1910.02054, section 5) cuts less: in stages 1 and 2 all weights are whole from a step's first forward pass to its last backward pass,
+in stage 1 the gradients too. Between steps everything lies in shards, in every stage.
 """
 
 from __future__ import annotations
@@ -63,6 +66,7 @@ class Sharding:
         offload: Keep the shards, their gradients and the optimiser's state in the host's memory.
         reshard: Give layers back after the forward pass. Without, they stay whole until the backward pass is over: less traffic, and as
             much memory as whole weights.
+        stage: ZeRO's. 3: as said. 2: weights stay whole until the step's last backward pass. 1: gradients too, and are sent once.
         spread: Only rank 0's model has weights; the others are on the meta device, and are given theirs.
     """
 
@@ -75,6 +79,7 @@ class Sharding:
         shards: int,
         offload: bool,
         reshard: bool,
+        stage: int = 3,
         spread: bool = False,
     ) -> None:
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -90,9 +95,10 @@ class Sharding:
         options: dict[str, Any] = {"mesh": mesh, "offload_policy": policy, "ignored_params": codes}
         weights = Weights(model) if spread else None
         for layer in layers:
-            fully_shard(layer, reshard_after_forward=reshard, **options)
+            fully_shard(layer, reshard_after_forward=reshard and stage == 3, **options)
         self._units = [cast(FSDPModule, layer) for layer in layers]
         self._root: Any = fully_shard(_Root(model), reshard_after_forward=False, **options)
+        self._stage = stage
         self._device = device
         if weights is not None:
             home = torch.device("cpu") if offload else device
@@ -122,9 +128,13 @@ class Sharding:
         return made[0]
 
     def before_backward(self, last: bool) -> None:
-        """Called before each backward pass of a step: between the groups of HSDP the last one sends for all."""
-        if self.replicas > 1:
+        """Called before each backward pass of a step: what waits for the last one is sent, or given back, with it."""
+        if self.replicas > 1:  # between the groups of HSDP
             self._root.set_requires_all_reduce(last)
+        if self._stage < 3:
+            self._root.set_reshard_after_backward(last)
+        if self._stage == 1:
+            self._root.set_requires_gradient_sync(last)
 
     def collect(self) -> None:
         """Moves the gradients, which are means over the ranks, to `trained`."""
