@@ -108,8 +108,8 @@ class Run:
     @cached_property
     def backend(self) -> Backend:
         """Devices and precision."""
-        parallel = self.config.parallel
-        return Backend(precision=self.config.train.precision, parallel=parallel, timeout=parallel.timeout)
+        parallel, train = self.config.parallel, self.config.train
+        return Backend(precision=train.precision, parallel=parallel, timeout=parallel.timeout, deterministic=train.deterministic)
 
     @cached_property
     def watchdog(self) -> Watchdog:

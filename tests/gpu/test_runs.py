@@ -77,16 +77,33 @@ def test_every_way_to_train_lowers_the_loss(way: str, folder: Path) -> None:
     assert len(found) == 20 and found[-1] < found[0] - 0.03
 
 
-def test_a_run_goes_on_where_it_was_and_answers(folder: Path) -> None:
-    words = ["train", "run.yaml", LORA, "train.steps=300", "train.learning_rate=1e-3"]
-    assert burnish(folder, *words, "output=whole").returncode == 0
+def interrupt(folder: Path, words: list[str], steps: int) -> None:
+    """Ctrl-C once the run has logged a few steps."""
     with subprocess.Popen(command(*words), cwd=folder, stderr=subprocess.DEVNULL) as process:
         until = time.monotonic() + 120
         while len(losses(folder / "run")) < 5 and time.monotonic() < until:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 3
-    assert len(losses(folder / "run")) < 300
+    assert len(losses(folder / "run")) < steps
+
+
+def test_a_run_goes_on_where_it_was_and_answers(folder: Path) -> None:
+    words = ["train", "run.yaml", LORA, "train.steps=300", "train.learning_rate=1e-3"]
+    assert burnish(folder, *words, "output=whole").returncode == 0
+    interrupt(folder, words, 300)
     assert burnish(folder, *words).returncode == 0
     assert losses(folder / "run") == pytest.approx(losses(folder / "whole"), rel=1e-2)
     assert burnish(folder, "chat", "run", "--prompt", "Who are you?").returncode == 0
+
+
+@pytest.mark.parametrize("way", ["dropout", "full"])
+def test_a_deterministic_run_goes_on_bit_for_bit(way: str, folder: Path) -> None:
+    words = ["train", "run.yaml", *WAYS[way], "train.steps=200", "train.batch_size=2", "train.learning_rate=1e-3"]
+    words.append("train.deterministic=true")
+    assert burnish(folder, *words, "output=whole").returncode == 0
+    interrupt(folder, words, 200)
+    assert burnish(folder, *words).returncode == 0
+    assert losses(folder / "run") == losses(folder / "whole")
+    for file in (folder / "whole" / "model").glob("*.safetensors"):
+        assert file.read_bytes() == (folder / "run" / "model" / file.name).read_bytes()

@@ -182,6 +182,17 @@ def strategy_uses_its_keys(run: RunConfig) -> str | None:
     return f"parallel.strategy: {strategy} has no {_and(ignored)}; leave {_them(ignored)} out" if ignored else None
 
 
+@_check("train.deterministic", "train.compile")
+def measuring_is_not_deterministic(run: RunConfig) -> str | None:
+    """What a clock decides may differ the next time."""
+    measured = run.train.deterministic and run.train.compile == "auto"
+    return (
+        "train.compile: auto keeps what is measured to be faster, which train.deterministic cannot repeat; leave one out"
+        if measured
+        else None
+    )
+
+
 @_check("parallel.strategy", "train.optimizer", "train.compile", "train.offload_activations", "adapter.init")
 def shards_can_be_trained(run: RunConfig) -> str | None:
     """Some things need whole weights."""

@@ -256,6 +256,8 @@ class Train(Strict):
     """Compute feed-forwards in pieces of this many tokens, recomputed in the backward pass: for very long examples."""
     compile: Annotated[Literal["auto", "off"], BeforeValidator(_auto_off)] = "off"
     """`auto`: torch.compile each layer, kept only where it is measured to be faster and agrees. Costs up to minutes at the start."""
+    deterministic: bool = False
+    """On GPUs, take only kernels that give the same bits every time, and refuse what has none: slower. CPUs always do."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Of the order of the rows, the adapter's initial weights, dropout and noise."""
 

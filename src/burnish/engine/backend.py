@@ -44,6 +44,7 @@ class Backend:
         parallel: How the work is shared out.
         cpu: Stay on the CPU even where there is an accelerator.
         timeout: `parallel.timeout`: seconds after which the watchdog ends a run that hangs. A collective itself gives up later.
+        deterministic: Let torch use only algorithms that give the same bits every time, in this process from now on.
 
     Raises:
         ConfigError: the device lacks the precision, or the strategy does not fit the number of processes.
@@ -51,8 +52,17 @@ class Backend:
     """
 
     def __init__(
-        self, *, precision: Precision = "auto", parallel: Parallel | None = None, cpu: bool = False, timeout: float = 1800.0
+        self,
+        *,
+        precision: Precision = "auto",
+        parallel: Parallel | None = None,
+        cpu: bool = False,
+        timeout: float = 1800.0,
+        deterministic: bool = False,
     ) -> None:
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins
+            torch.use_deterministic_algorithms(True)
         # What the launcher promised. On CPUs accelerate forms a group only when told that CPUs are meant.
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         # A rank may rightly wait for long, while another one saves; who hangs is found by engine/watchdog.py, not by this time-out.

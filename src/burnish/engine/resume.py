@@ -41,6 +41,7 @@ _MAY_CHANGE = (
     "train.tokens",
     "train.micro_batch_tokens",
     "train.checkpoint_activations",
+    "train.deterministic",
 )
 
 

@@ -1,5 +1,6 @@
 """The door to accelerate: precision, ranks, trackers."""
 
+import os
 import socket
 import sys
 from pathlib import Path
@@ -44,6 +45,16 @@ def test_products_are_computed_in_the_precision_and_weights_stay_float32(precisi
     assert output.dtype == dtype
     assert linear.weight.dtype == torch.float32
     assert (backend.loss_scale is not None) == (precision == "float16")
+
+
+def test_deterministic_is_torchs_own_switch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        Backend(cpu=True, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_one_process_pays_nothing():
