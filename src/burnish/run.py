@@ -47,8 +47,8 @@ from burnish.engine import checkpoint, loop, preflight, reference
 from burnish.engine.backend import Backend, Precision
 from burnish.engine.events import Callback, State
 from burnish.engine.folder import RunFolder
+from burnish.engine.identity import ROWS, identity_of, marks_of, refuse_another_run
 from burnish.engine.optim import build_optimizer
-from burnish.engine.resume import identity_of, refuse_another_run
 from burnish.engine.step import Stepper, StepResult, begin_step
 from burnish.engine.together import agree, once_per_machine
 from burnish.engine.watchdog import Watchdog
@@ -307,8 +307,8 @@ class Run:
         Raises:
             BurnishError: see `core.errors`; before the first step nothing is written.
         """
-        self._files.lock.look()
-        self._refuse_to_overwrite()
+        self._refuse_to_overwrite(self._settings, None)
+        self._refuse_to_overwrite(self._identity, self.total_steps)
         began = time.perf_counter()
         if not self.config.data.streaming:
             info(self.account.line())
@@ -411,25 +411,42 @@ class Run:
         """The trained model, if the run folder holds this very run (the same settings, data and length) and it is finished.
 
         The data is prepared for that, or taken from its cache; the model is not loaded.
+
+        Raises:
+            CheckpointError: it holds a run with other settings.
+            ConfigError: another process writes to it.
         """
         if self.config.resume == "never" or not self.folder.is_dir():
             return None
+        self._refuse_to_overwrite(self._settings, None)
         return self._files.model if self._files.is_finished(self.total_steps, self._identity) else None
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """Of its identity, what is known before there are rows."""
+        return identity_of(self.config) | marks_of(self.config)
 
     @property
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint of this run must share with it."""
-        fingerprint = {} if self.config.data.streaming else {"data.fingerprint": self.data.train.fingerprint}
-        return identity_of(self.config) | fingerprint
+        rows = {} if self.config.data.streaming else {ROWS: self.data.train.identity()}
+        return self._settings | rows
 
-    def _refuse_to_overwrite(self) -> None:
-        """A refused run must leave the folder of another one as it is: its settings, and the note that it is finished."""
-        if self.config.resume == "never" and checkpoint.newest(self.folder / "checkpoints") is not None:
+    def _refuse_to_overwrite(self, identity: Mapping[str, Any], total: int | None) -> None:
+        """A refused run must leave the folder of another one as it is: its settings, its model, and the note that it is finished.
+
+        What needs no rows is compared before they are prepared; then there is no `total`, and nothing that is forced is said yet.
+        """
+        resume = self.config.resume
+        self._files.lock.look()
+        if resume == "never" and (self._files.note.is_file() or checkpoint.newest(self.folder / "checkpoints") is not None):
             raise CheckpointError(
                 f"{self.folder} holds a run already, and resume is 'never'",
                 hint="Choose another output folder, or resume: auto to go on with this run.",
             )
-        refuse_another_run(self.folder / "checkpoints", self._identity, self.total_steps, force=self.config.resume == "force")
+        if total is not None or resume != "force":
+            refuse_another_run(self.folder, identity, total, force=resume == "force")
+        self._files.forget_requests()
 
 
 def _dated(config: RunConfig) -> RunConfig:

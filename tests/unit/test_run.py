@@ -193,7 +193,7 @@ class TestFinished:
         with Path("rows.jsonl").open("a") as rows:
             rows.write(json.dumps({"prompt": "more ", "completion": "rows"}) + "\n")
         code, said = train()
-        assert code == 2 and "belongs to a run with other data: the rows have changed" in said and "data.fingerprint" in said
+        assert code == 2 and "belongs to a run with other data: the rows have changed" in said and "data.rows" in said
 
     def test_of_several_sources_the_one_that_changed_is_named(self, train: Train) -> None:
         shutil.copy("rows.jsonl", "others.jsonl")
@@ -203,6 +203,56 @@ class TestFinished:
         where = Path.cwd()
         assert code == 2
         assert f"other settings: data.train.1.path was '{where}/others.jsonl', now '{where}/new.jsonl'\n" in said
+
+    def test_held_out_rows_that_change_are_other_rows(self, train: Train) -> None:
+        train("data.eval=0.2")
+        code, said = train("data.eval=0.4")
+        assert code == 2 and "or which of them are held out (data.rows)" in said
+
+    def test_settings_are_compared_before_rows_are_read(self, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+        train()
+        monkeypatch.setattr("burnish.run.prepare", lambda *_, **__: pytest.fail("rows were read"))
+        code, said = train("train.learning_rate=0.5")
+        assert code == 2 and "train.learning_rate was" in said
+
+    def test_a_new_version_of_the_code_that_makes_the_same_rows_is_no_other_run(
+        self, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        train()
+        monkeypatch.setattr("burnish.data.prepare._code_version", lambda: "another")
+        assert "already finished after 3 steps" in train()[1]
+
+    def test_a_finished_model_without_checkpoints_is_not_overwritten(self, train: Train) -> None:
+        train()
+        shutil.rmtree("runs/one/checkpoints")
+        weights = Path("runs/one/model/adapter_model.safetensors").read_bytes()
+        assert "already finished after 3 steps" in train()[1]
+        code, said = train("train.learning_rate=0.5")
+        assert code == 2 and "finished.json belongs to a run with other settings: train.learning_rate" in said
+        code, said = train("train.steps=4")
+        assert code == 2 and "no checkpoint from which a run of 4 could go on" in said
+        assert train("resume=never")[0] == 2
+        assert Path("runs/one/model/adapter_model.safetensors").read_bytes() == weights
+        assert train("train.learning_rate=0.5", "resume=force")[0] == 0
+        assert Path("runs/one/model/adapter_model.safetensors").read_bytes() != weights
+
+    def test_another_optimizer_by_force_begins_without_state(self, train: Train) -> None:
+        train()
+        code, said = train("train.optimizer=sgd", "train.steps=5", "resume=force")
+        assert code == 0 and "the optimiser's state is of adamw, which sgd cannot use" in " ".join(said.split())
+
+    def test_stop_of_before_is_removed_and_said_and_while_loading_it_counts(
+        self, train: Train, run_file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(Interrupted):
+            Run.from_file(run_file, callbacks=[SignalAt(1)]).train()
+        stop = Path("runs/one/STOP")
+        stop.touch()
+        load = burnish.build.load_model
+        monkeypatch.setattr("burnish.build.load_model", lambda *a, **k: (stop.touch(), load(*a, **k))[1])
+        code, said = train()
+        assert code == 3 and "STOP from before this run: removed" in said and "stopped after step 2 of 3" in said
+        assert not stop.exists()
 
     @pytest.mark.parametrize("spoil", [lambda run: (run / "finished.json").write_text("{"), lambda run: (run / "finished.json").unlink()])
     def test_without_a_whole_marker_the_checkpoint_tells(self, train: Train, spoil: Callable[[Path], object]) -> None:

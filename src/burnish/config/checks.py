@@ -407,6 +407,7 @@ CHECKS = (
     sample_needs_limit,
     patience_needs_evaluation,
     strategy_uses_its_keys,
+    measuring_is_not_deterministic,
     shards_can_be_trained,
     optimizer_uses_its_keys,
     schedule_uses_its_keys,

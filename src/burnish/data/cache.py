@@ -3,7 +3,7 @@
 A cache entry is a folder named by its key:
 
     <cache>/<key>/examples.arrow     Arrow IPC file: one row for each example
-    <cache>/<key>/manifest.json      how many examples, the checksum, the account
+    <cache>/<key>/manifest.json      the checksum, what the examples are, the account
     <cache>/<key>.lock               held by the process that writes the entry
 
 An entry is written beside its place and moved there whole, so what can be seen is complete. What can be seen and does not agree with its
@@ -55,6 +55,20 @@ _SCHEMA = pa.schema(
         ("identity", pa.uint64()),
     ]
 )
+_TRAINED_ON = (
+    "input_ids",
+    "lengths",
+    "run_lengths",
+    "run_weights",
+    "runs",
+    "ends",
+    "parents",
+    "segments",
+    "values",
+    "value_counts",
+    "weights",
+)
+"""Columns of a block that decide what is trained on."""
 _BATCH_TOKENS = 1 << 20  # tokens in one record batch: the unit of writing, and all that writing holds in memory
 
 IntArray = npt.NDArray[np.int32]
@@ -175,7 +189,7 @@ class Examples:
     Args:
         store: The mapped file.
         index: Which of its examples [N]; all of them when left out.
-        fingerprint: Names the content; the same rows prepared in the same way have the same one.
+        fingerprint: Names the content of the store: tokens, weights, order.
     """
 
     def __init__(self, store: Store, index: npt.NDArray[np.int64] | None = None, *, fingerprint: str = "") -> None:
@@ -210,6 +224,10 @@ class Examples:
         """Names which examples of the store these are."""
         return hashlib.sha256(self._index.astype(np.int64).tobytes()).hexdigest()
 
+    def identity(self) -> str:
+        """Names these examples: equal where they are the same tokens with the same weights in the same order."""
+        return hashlib.sha256(f"{self.fingerprint}/{self.selection()}".encode()).hexdigest()[:32]
+
 
 class Writer:
     """Writes examples into a file, a bounded number of tokens at a time."""
@@ -220,6 +238,7 @@ class Writer:
         self._waiting: list[pa.RecordBatch] = []
         self._tokens = 0
         self._file_numbers: dict[str, int] = {}
+        self._content = {name: hashlib.blake2b(digest_size=16) for name in _TRAINED_ON}
 
     def add(
         self,
@@ -250,6 +269,8 @@ class Writer:
             _array(turns[block.rows]),
             _array(identities[block.rows]),
         ]
+        for name, state in self._content.items():
+            state.update(np.ascontiguousarray(getattr(block, name)).tobytes())
         self._waiting.append(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
         self._tokens += len(block.input_ids)
         if self._tokens >= _BATCH_TOKENS:
@@ -260,6 +281,10 @@ class Writer:
         self._flush()
         self.abandon()
         return list(self._file_numbers)
+
+    def content(self) -> str:
+        """Names what has been added, as training sees it: tokens, weights and order, not where they come from or who prepared them."""
+        return hashlib.blake2b(b"".join(state.digest() for state in self._content.values()), digest_size=16).hexdigest()
 
     def abandon(self) -> None:
         """Closes the file as it is."""
@@ -277,6 +302,7 @@ class Entry:
     """What a cache entry holds."""
 
     store: Store
+    content: str
     account: dict[str, Any]
 
 
@@ -309,7 +335,7 @@ class Cache:
             file = place / "examples.arrow"
             if _checksum(file) != manifest["checksum"]:
                 raise ValueError("its checksum is wrong")
-            return Entry(Store(file, manifest["files"]), manifest["account"])
+            return Entry(Store(file, manifest["files"]), manifest["content"], manifest["account"])
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             if not quiet:
                 self._warn(f"the tokenised data in {place} is damaged ({error}) and is made again")
@@ -370,7 +396,8 @@ class EntryWriter:
         """Ends the entry; to be called once, after the last block."""
         files = self._writer.close()
         self._finished = True
-        manifest = {"checksum": _checksum(self._folder / "examples.arrow"), "files": files, "account": account}
+        checksum = _checksum(self._folder / "examples.arrow")
+        manifest = {"checksum": checksum, "content": self._writer.content(), "files": files, "account": account}
         (self._folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
 
     def __enter__(self) -> EntryWriter:

@@ -104,7 +104,7 @@ def prepare(
         return Prepared(train.whole(), None, _finished(train.account, train.whole(), data))
     if not isinstance(data.eval, list):
         kept, held_out = hold_out(train.store, data.eval, seed)
-        views = Examples(train.store, kept, fingerprint=train.key), Examples(train.store, held_out, fingerprint=train.key)
+        views = Examples(train.store, kept, fingerprint=train.content), Examples(train.store, held_out, fingerprint=train.content)
         move_to_eval(train.account, views[1])
         return Prepared(*views, _finished(train.account, views[0], data))
     held = maker.load(data.eval, "eval")
@@ -249,12 +249,12 @@ def check_something_is_left(account: Account, data: Data, part: str) -> None:
 class _Loaded:
     """A cache entry in use."""
 
-    key: str
+    content: str
     store: Store
     account: Account
 
     def whole(self) -> Examples:
-        return Examples(self.store, fingerprint=self.key)
+        return Examples(self.store, fingerprint=self.content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +287,7 @@ class _Maker:
                     entry = cache.open(key)
         if entry is None:
             raise DataError(f"the tokenised data in {folder / key} cannot be read back", hint="Look at the disk, or set data.cache.")
-        return _Loaded(key, entry.store, Account.from_json(entry.account))
+        return _Loaded(entry.content, entry.store, Account.from_json(entry.account))
 
     def _tokenise(self, opened: OpenSet, part: str, writer: EntryWriter) -> Account:
         """Prepares all rows and writes the examples; returns the account."""

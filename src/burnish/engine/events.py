@@ -125,7 +125,6 @@ class Requests:
         self._repeats = Repeats()
 
     def __enter__(self) -> Requests:
-        self.answered(self.STOP | self.SAVE)  # what was left lying there is not for this run
         if threading.current_thread() is threading.main_thread():
             for number in POLITE:
                 self._before[number] = signal.signal(number, self._handle)
@@ -134,6 +133,12 @@ class Requests:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def forget(self) -> None:
+        """Removes what was left lying there before this run began, which is not for it, and says so."""
+        if left := self.seen():
+            self.answered(left)
+            warn(f"{' and '.join(file.name for request, file in self._files.items() if request & left)} from before this run: removed")
 
     def seen(self) -> int:
         """What this rank has been asked for: STOP, SAVE, both or 0."""

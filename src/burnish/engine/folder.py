@@ -16,6 +16,8 @@ from typing import Any
 
 from burnish.core.errors import ConfigError, StorageError, Where
 from burnish.core.log import warn
+from burnish.engine.events import Requests
+from burnish.engine.identity import difference, read_note, versions
 from burnish.engine.lock import RunLock
 from burnish.engine.report import write_report
 
@@ -34,7 +36,8 @@ class RunFolder:
         self.path = path
         self.lock = RunLock(path, active=active)
         self._active = active
-        self._finished = path / "finished.json"
+        self._looked = False
+        self.note = path / "finished.json"
 
     @property
     def model(self) -> Path:
@@ -56,11 +59,17 @@ class RunFolder:
             raise ConfigError(f"{self.path} cannot be made: {error.strerror or error}", where=Where(field="output")) from error
         self.lock.take()
         try:
-            self._finished.unlink(missing_ok=True)
+            self.note.unlink(missing_ok=True)
             _write(self.path / "run.yaml", run_file)
             _write(self.path / "data.json", json.dumps(account, indent=2) + "\n")
         except OSError as error:
             raise StorageError(f"{self.path} cannot be written: {error.strerror or error}") from error
+
+    def forget_requests(self) -> None:
+        """Removes STOP and SAVE of before, once. What comes from now on, while data and model are loaded, is for this run."""
+        if not self._looked:
+            Requests(self.path, active=self._active).forget()
+        self._looked = True
 
     def report(self, *, stopped: bool = False) -> None:
         """Writes the report; where that is not possible, says so: the model is there, and a report can be made again."""
@@ -80,18 +89,14 @@ class RunFolder:
         if not self._active:
             return
         try:
-            _write(self._finished, json.dumps({"steps": steps, "run": identity}, indent=2) + "\n")
+            _write(self.note, json.dumps({"steps": steps, "run": identity, "versions": versions()}, indent=2) + "\n")
         except OSError as error:
-            raise StorageError(f"{self._finished} cannot be written: {error.strerror or error}") from error
+            raise StorageError(f"{self.note} cannot be written: {error.strerror or error}") from error
 
     def is_finished(self, steps: int, identity: Mapping[str, Any]) -> bool:
         """Whether the folder holds the model of this very run."""
-        if not self._finished.is_file() or not self.model.is_dir():
-            return False
-        try:
-            return json.loads(self._finished.read_text(encoding="utf-8")) == {"steps": steps, "run": identity}
-        except ValueError:  # torn: the checkpoint tells
-            return False
+        noted = read_note(self.note) if self.model.is_dir() else None
+        return noted is not None and noted["steps"] == steps and difference(noted, identity) is None
 
 
 def _write(file: Path, text: str) -> None:

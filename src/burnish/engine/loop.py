@@ -82,7 +82,7 @@ class Job:
     eval_batches: Callable[[int], Iterable[Batch]] | None = None  # a fresh pass over the held-out data, micro-batches halved so often
     callbacks: Sequence[Callback] = ()
     trackers: Trackers = field(default_factory=lambda: Trackers({}))
-    identity: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what a checkpoint must share, see resume.identity_of
+    identity: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what a checkpoint must share, see engine/identity.py
     resume: Resume = "auto"
 
     @property

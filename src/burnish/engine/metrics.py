@@ -17,6 +17,7 @@ import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +53,8 @@ class MetricsLog:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._steps = _Lines(folder / "metrics.jsonl", after)
+                if self._steps.kept < after:
+                    warn(f"{folder / 'metrics.jsonl'} has {self._steps.kept:,} of the {counted(after, 'step')} that are done")
                 self._evals = _Lines(folder / "eval.jsonl", -1 if evaluated is None else evaluated)
             except OSError as error:
                 raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from error
@@ -108,16 +111,24 @@ def step_line(result: StepResult, seconds: float) -> Line:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The lines of a .jsonl file, without a last one that a crash has cut off."""
-    if not path.is_file():
-        return []
+    """The lines of a .jsonl file that can be read: all but a last one that a crash has cut off, unless something else has damaged it."""
+    return _parsed(path)[0]
+
+
+def _parsed(path: Path) -> tuple[list[Line], int]:
+    """The lines that can be read, and how many cannot, not counting the last."""
     lines: list[Line] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    damaged = 0
+    texts = path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+            line = json.loads(text)
+            line["step"] += 0
+        except (ValueError, TypeError, KeyError):
+            damaged += number < len(texts)  # what follows the last line break is nothing, or cut off
+        else:
+            lines.append(line)
+    return lines, damaged
 
 
 def write_csv(folder: Path) -> None:
@@ -146,10 +157,16 @@ class _Lines:
     def __init__(self, path: Path, after: int) -> None:
         self._path = path
         self._waiting: list[bytes] = []
-        kept = [line for line in read_lines(path) if line["step"] <= after]
+        lines, damaged = _parsed(path)
+        kept = [line for line in lines if line["step"] <= after]
+        if damaged:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.copyfile(path, aside)
+            warn(f"{path} has {counted(damaged, 'line')} that cannot be read; the rest is kept, and the file as it was is {aside.name}")
         temporary = path.with_name(f"{path.name}.unfinished")
         temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
+        self.kept = len(kept)
         self._file = path.open("r+b", buffering=0)
         self._named = False
         self._size = self._file.seek(0, os.SEEK_END)  # where the last whole line ends

@@ -1,66 +1,25 @@
-"""What a run must remember to go on exactly, and whether a checkpoint belongs to it."""
+"""What a run must remember to go on exactly, taken and put back."""
 
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from burnish.config.dump import resolved
-from burnish.config.run import RunConfig
 from burnish.core.errors import CheckpointError
 from burnish.core.log import warn
 from burnish.data.types import Source
-from burnish.engine import checkpoint, rng, shards
+from burnish.engine import rng, shards
 from burnish.engine.backend import Backend
 from burnish.engine.checkpoint import Checkpoint, flatten, unflatten
 from burnish.engine.events import State
+from burnish.engine.identity import OPTIMIZER, difference, refuse_a_longer_run, versions
 from burnish.engine.step import Stepper
 
-__all__ = ["capture", "identity_of", "refuse_another_run", "restore", "restore_weights", "versions", "weights_of"]
-
-_MAY_CHANGE = (
-    "output",
-    "resume",
-    "track",
-    "save",
-    "recovery",
-    "evaluation",
-    "parallel",
-    "data.workers",
-    "data.cache",
-    "data.eval",
-    "train.epochs",
-    "train.steps",
-    "train.tokens",
-    "train.micro_batch_tokens",
-    "train.checkpoint_activations",
-    "train.deterministic",
-)
-
-
-def identity_of(config: RunConfig) -> dict[str, Any]:
-    """The settings that a resumed run must share with its checkpoint, as dotted keys and plain values.
-
-    What may change: how long it trains, where it writes, how it is watched, and how the work is cut up. All else would give another run.
-    """
-    return {key: value for key, value in _dotted(resolved(config)).items() if not _may_change(key)}
-
-
-def versions() -> dict[str, str]:
-    """The versions that results depend on."""
-    return {
-        "burnish": metadata.version("burnish"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+__all__ = ["capture", "restore", "restore_weights", "weights_of"]
 
 
 def weights_of(policy: Any) -> dict[str, torch.Tensor]:
@@ -99,30 +58,6 @@ def capture(
     )
 
 
-def refuse_another_run(root: Path, identity: Mapping[str, Any], total: int, *, force: bool = False) -> None:
-    """Makes sure, before anything is loaded or written, that the newest checkpoint under `root` is one of this run; if there is any.
-
-    Damaged ones are for `restore` to judge.
-
-    Args:
-        root: The folder of the checkpoints.
-        identity: Of this run.
-        total: Its steps.
-        force: Say what is different, and let it be.
-
-    Raises:
-        CheckpointError: it belongs to a run with other settings or other data, or to one that is longer already.
-    """
-    for folder in reversed(checkpoint.folders(root)):
-        try:
-            trainer = checkpoint.trainer_of(folder)
-        except CheckpointError:
-            continue
-        _refuse_another_run(folder, trainer, identity, force=force)
-        _refuse_a_longer_run(folder, trainer["state"]["step"], total)
-        return
-
-
 def restore(
     folder: Path,
     *,
@@ -141,11 +76,15 @@ def restore(
     """
     found = shards.load(folder, backend.layout)
     trainer = found.trainer
-    if not force:  # or it has been said before anything was loaded
-        _refuse_another_run(folder, trainer, identity)
-    _refuse_a_longer_run(folder, trainer["state"]["step"], state.total)
+    if not force and (other := difference(trainer, identity)):  # or it has been said before anything was loaded
+        raise CheckpointError(f"{folder} belongs to a run with other {other.what}: {other}")
+    refuse_a_longer_run(folder, trainer["state"]["step"], state.total)
     restore_weights(found, named_parameters, folder)
-    _restore_optimizer(found, stepper.optimizer, folder)
+    before, now = trainer["identity"].get(OPTIMIZER), identity.get(OPTIMIZER)
+    if before and now and before != now:
+        warn(f"the optimiser's state is of {before}, which {now} cannot use: {now} begins without any")
+    else:
+        _restore_optimizer(found, stepper.optimizer, folder)
     stepper.restore(trainer["stepper"])
     try:
         source.restore(trainer["source"])
@@ -208,70 +147,7 @@ def _restore_rng(found: Checkpoint, backend: Backend) -> None:
     rng.restore(unflatten(found.trainer["rng"], found.rng)[f"rank{backend.rank}"])
 
 
-_FINGERPRINT = "data.fingerprint"
-_LISTED = 3  # this many settings stand in a message
-
-
-def _refuse_a_longer_run(folder: Path, step: int, total: int) -> None:
-    if step > total:
-        raise CheckpointError(
-            f"{folder} is at step {step:,}, and the run that is asked for ends at step {total:,}",
-            hint="ask for more epochs or steps to go on, or choose another output folder for the shorter run",
-        )
-
-
-def _refuse_another_run(folder: Path, trainer: Mapping[str, Any], now: Mapping[str, Any], *, force: bool = False) -> None:
-    difference, what = _difference(trainer, now)
-    if not difference:
-        return
-    if force:
-        warn(f"{folder} belongs to a run with other {what}: {difference}; it goes on nevertheless, as resume: force says")
-        return
-    raise CheckpointError(
-        f"{folder} belongs to a run with other {what}: {difference}",
-        hint=f"put the {what} back to go on, choose another output folder, or go on nevertheless with resume: force",
-    )
-
-
-def _difference(trainer: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str]:
-    """(what is different, in words; "settings" or "data"); empty where nothing is."""
-    then = trainer["identity"]
-    # Another version of burnish may have settings that this one has not: then only those that both know are compared.
-    strict = trainer["versions"].get("burnish") == versions()["burnish"]
-    keys = then.keys() | now.keys() if strict else then.keys() & now.keys()
-    changed = [key for key in sorted(keys) if then.get(key) != now.get(key)]
-    if changed == [_FINGERPRINT]:
-        return f"the rows have changed, or how they are turned into tokens ({_FINGERPRINT})", "data"
-    before, after = ({key: identity.get(key) for key in changed if key != _FINGERPRINT} for identity in (then, now))
-    before, after = _spread(before), _spread(after)
-    places = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    shown = "; ".join(f"{key} was {before.get(key)!r}, now {after.get(key)!r}" for key in places[:_LISTED])
-    return shown + (f" and {len(places) - _LISTED} more" if len(places) > _LISTED else ""), "settings"
-
-
 def _tell_changed_versions(then: Mapping[str, str]) -> None:
     changed = [f"{name} {then.get(name)} -> {version}" for name, version in versions().items() if then.get(name) != version]
     if changed:
         warn(f"software has changed since the checkpoint, so results may differ in the last digits: {', '.join(changed)}")
-
-
-def _spread(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with the entries of lists of sections one by one, as `data.train.0.path`: so that a message names what has changed."""
-    spread: dict[str, Any] = {}
-    for key, value in identity.items():
-        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-            for number, item in enumerate(value):
-                spread |= _dotted(item, f"{key}.{number}.")
-        else:
-            spread[key] = value
-    return spread
-
-
-def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix.rstrip("."): value}
-    return {key: item for name, part in value.items() for key, item in _dotted(part, f"{prefix}{name}.").items()}
-
-
-def _may_change(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE)

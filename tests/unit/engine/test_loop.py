@@ -15,8 +15,8 @@ from torch import nn
 from burnish.config.base import Duration
 from burnish.config.sections import Recovery
 from burnish.core.errors import CheckpointError, ConfigError, Interrupted, StorageError, TrainingError
-from burnish.engine import checkpoint, loop, resume
-from burnish.engine.events import Callback, State
+from burnish.engine import checkpoint, identity, loop, resume
+from burnish.engine.events import Callback, Requests, State
 from burnish.engine.loop import Job, due, train
 from burnish.engine.step import StepResult
 
@@ -415,6 +415,7 @@ def test_a_file_named_stop_saves_and_stops_and_is_gone(make_job: MakeJob):
     job = make_job()
     job.folder.mkdir()
     (job.folder / "STOP").touch()  # left there before the run began: not meant for it
+    Requests(job.folder).forget()
     job.callbacks = [TouchAt(4, job.folder / "STOP")]
     with pytest.raises(Interrupted, match="stopped after step 4 of 10"):
         train(job)
@@ -536,11 +537,11 @@ def test_non_finite_can_stop_at_once(make_job: MakeJob):
 def test_another_run_is_gone_on_with_by_force_and_said(make_job: MakeJob, capsys: pytest.CaptureFixture[str]):
     train(make_job(steps=4, identity={"train.learning_rate": 0.1}))
     other = make_job(steps=6, identity={"train.learning_rate": 0.2}, resume="force")
-    resume.refuse_another_run(other.checkpoints, other.identity, 6, force=True)
+    identity.refuse_another_run(other.folder, other.identity, 6, force=True)
     assert "train.learning_rate was 0.1, now 0.2; it goes on nevertheless, as resume: force says" in capsys.readouterr().err
     assert train(other).state.step == 6
     with pytest.raises(CheckpointError, match="belongs to a run with other settings"):
-        resume.refuse_another_run(other.checkpoints, {"train.learning_rate": 0.3}, 6)
+        identity.refuse_another_run(other.folder, {"train.learning_rate": 0.3}, 6)
 
 
 def test_damaged_checkpoints_step_aside_and_do_not_count_as_kept(make_job: MakeJob):

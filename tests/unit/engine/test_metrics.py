@@ -5,6 +5,8 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+
 from burnish.engine.metrics import MetricsLog, read_lines, step_line
 from burnish.engine.step import StepResult
 
@@ -47,6 +49,27 @@ def test_a_resumed_run_cuts_what_comes_after_its_checkpoint(tmp_path: Path):
         log.step(step_line(result(4, loss=7.0), seconds=0.5))
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert [line["step"] for line in read_lines(tmp_path / "eval.jsonl")] == [0, 1, 2, 3]
+
+
+def test_damaged_lines_are_counted_and_the_file_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with MetricsLog(tmp_path) as log:
+        for step in range(1, 6):
+            log.step(step_line(result(step), seconds=0.5))
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[1] = b"\xff\xfe\n"
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))
+    with MetricsLog(tmp_path, after=4):
+        pass
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 3, 4]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"".join(lines)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "has 1 line that cannot be read" in said and "metrics.jsonl has 3 of the 4 steps that are done" in said
+
+
+def test_lines_that_are_missing_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with MetricsLog(tmp_path, after=4, evaluated=4):
+        pass
+    assert "metrics.jsonl has 0 of the 4 steps that are done" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_fresh_run_starts_with_empty_files(tmp_path: Path):
