@@ -26,6 +26,7 @@ from burnish.config.sections import Parallel
 from burnish.core.errors import ConfigError, DependencyError, TrainingError, Where
 from burnish.core.log import set_rank, warn
 from burnish.engine.backend_fsdp import Part, Sharding
+from burnish.engine.grid import Grid
 from burnish.kernels.allocator import keep_freed_memory
 from burnish.kernels.dispatch import cpu_has_fast_bf16
 
@@ -68,6 +69,7 @@ class Backend:
             )
         self._parallel = parallel or Parallel()
         self.strategy = _strategy(self._parallel, self.world_size)
+        self.grid = Grid(self.rank, self.world_size, context=self._parallel.context)
         self.reason = ""
         self.load_device = self.device
         self._sharding: Sharding | None = None
@@ -81,6 +83,21 @@ class Backend:
     def is_main(self) -> bool:
         """True on the one process that prints and writes."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which micro-batches are this rank's: ranks that work on the same ones have the same number."""
+        return self.grid.data_rank
+
+    @property
+    def data_world_size(self) -> int:
+        """Ranks, or groups of them, that have micro-batches of their own."""
+        return self.world_size // self.grid.model_ranks
+
+    @property
+    def coupled(self) -> bool:
+        """Whether ranks wait for each other within a micro-batch, so that none can leave it alone."""
+        return self.sharded or self.grid.model_ranks > 1
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -260,11 +277,11 @@ class Backend:
         return values
 
     def sums(self, values: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-        """(sum, count) pairs added over the ranks, key by key; a rank may lack a key."""
+        """(sum, count) pairs added over the ranks, key by key; a rank may lack a key. Of ranks with the same micro-batches one counts."""
         if self.world_size == 1:
             return dict(values)
         total: dict[str, tuple[float, float]] = {}
-        for share in self.gather(dict(values)):
+        for share in self.gather(dict(values))[:: self.grid.model_ranks]:
             for key, (amount, count) in share.items():
                 before = total.get(key, (0.0, 0.0))
                 total[key] = (before[0] + amount, before[1] + count)

@@ -130,6 +130,14 @@ def test_groups_of_shards(monkeypatch: pytest.MonkeyPatch):
     assert several(monkeypatch, 8, strategy="ddp").shards == 1
 
 
+def test_ranks_that_share_micro_batches_count_once(monkeypatch: pytest.MonkeyPatch):
+    backend = several(monkeypatch, 4, context=2)
+    assert (backend.world_size, backend.data_world_size, backend.data_rank, backend.coupled) == (4, 2, 0, True)
+    monkeypatch.setattr(backend, "gather", lambda value: [{"loss": (float(rank // 2), 1.0)} for rank in range(4)])
+    assert backend.sums({"loss": (0.0, 1.0)}) == {"loss": (1.0, 2.0)}
+    assert several(monkeypatch, 4).coupled is False
+
+
 def test_one_process_needs_no_strategy(monkeypatch: pytest.MonkeyPatch):
     assert Backend(parallel=Parallel(strategy="fsdp"), cpu=True).strategy == "none"
     with pytest.raises(ConfigError, match="'none' means one process, found 2"):
