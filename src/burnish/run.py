@@ -201,9 +201,9 @@ class Run:
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Most tokens computed at once."""
+        """Most tokens computed at once, on all devices that share a micro-batch together."""
         asked = self.config.train.micro_batch_tokens
-        return MICRO_BATCH_TOKENS.get(self.backend.device.type, 8192) if asked == "auto" else asked
+        return MICRO_BATCH_TOKENS.get(self.backend.device.type, 8192) * self.backend.grid.context if asked == "auto" else asked
 
     @cached_property
     def policy(self) -> Policy:

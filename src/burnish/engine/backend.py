@@ -25,6 +25,7 @@ from torch import nn
 from burnish.config.sections import Parallel
 from burnish.core.errors import ConfigError, DependencyError, TrainingError, Where
 from burnish.core.log import set_rank, warn
+from burnish.engine.backend_context import ContextGroup
 from burnish.engine.backend_fsdp import Part, Sharding
 from burnish.engine.grid import Grid
 from burnish.kernels.allocator import keep_freed_memory
@@ -73,6 +74,7 @@ class Backend:
         self.reason = ""
         self.load_device = self.device
         self._sharding: Sharding | None = None
+        self._context: ContextGroup | None = None
         self.compute_dtype = resolve_precision(precision, self.device)
         self.loss_scale = LossScale() if self.compute_dtype == torch.float16 else None
         set_rank(self.rank)
@@ -184,6 +186,17 @@ class Backend:
     def layout(self) -> dict[str, Part]:
         """Which part of each trained weight this rank has; empty where it has all of them."""
         return self._sharding.layout if self._sharding is not None else {}
+
+    def share_context(self, policy: Any, *, verify: bool = True) -> None:
+        """Lets the policy share the tokens of each micro-batch with the other ranks of its group, where the run file says so.
+
+        Raises:
+            ConfigError: the model cannot be computed in parts. `verify` looks whether it can, on the device.
+        """
+        if self.grid.context == 1:
+            return
+        self._context = self._context or ContextGroup(self.grid)
+        policy.share_context(self._context, verify=verify)
 
     def shard(self, policy: Any) -> None:
         """Cuts the policy's model into shards, where the strategy says so. Called once, when the model is complete.

@@ -99,6 +99,16 @@ def load_model(
 
 def count_parameters(model: Model) -> int:
     """How many weights a model has, told by its configuration alone."""
+    return sum(parameter.numel() for parameter in _described(model).parameters())
+
+
+def attention_heads(model: Model) -> int:
+    """How many query heads its layers have, by the same."""
+    return int(_described(model).config.get_text_config(decoder=True).num_attention_heads)
+
+
+def _described(model: Model) -> Any:
+    """The model without weights."""
     place = locate(model.path)
     with reading(model.path), quiet(), torch.device("meta"):
         if place.kind == "gguf":
@@ -110,7 +120,7 @@ def count_parameters(model: Model) -> int:
             options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
             config: Any = AutoConfig.from_pretrained(place.path, **options)
             made = _loader_of(config.architectures).from_config(config, trust_remote_code=model.trust_remote_code)
-    return sum(parameter.numel() for parameter in made.parameters())
+    return made
 
 
 def stored_bytes(model: Model, compute_dtype: torch.dtype) -> float:
