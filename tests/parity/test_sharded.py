@@ -137,9 +137,10 @@ def short(place: Path, tiny_model: Path, untied: Path, launch: Launch) -> dict[s
     runs = {
         "full": run_of(place, tiny_model, "full"),
         "lora": run_of(place, tiny_model, "lora", adapter=LORA, train={"learning_rate": 1e-3, "micro_batch_tokens": 160}),
-        "dpo": run_of(place, tiny_model, "dpo", objective={"kind": "dpo", "reference": "copy"}),
+        "dpo": run_of(place, tiny_model, "dpo", objective={"kind": "dpo", "reference": "copy"}, train={"learning_rate": 5e-5}),
         "kto": run_of(place, tiny_model, "kto", objective={"kind": "kto"}, adapter=LORA),
         "distill": run_of(place, untied, "distill", objective={"kind": "distill", "teacher": teacher, "sft_weight": 0.5}),
+        "reward": run_of(place, tiny_model, "reward", objective={"kind": "reward"}),
     }
     for settings in runs.values():
         ranks.train({"settings": settings})
@@ -148,14 +149,21 @@ def short(place: Path, tiny_model: Path, untied: Path, launch: Launch) -> dict[s
     runs["chain"] = runs["full"] | {"output": str(place / "chain"), "save": {"every": "1st", "best": False}}
     runs["again"] = shared("fsdp", runs["chain"], "again")
     runs["broken"] = shared("fsdp", runs["chain"], "broken")
-    two = [{"settings": settings} for name, settings in runs.items() if name.endswith("-fsdp2")]
+    for name in ("full", "dpo", "kto", "distill", "reward"):
+        runs[f"{name}-context2"] = shared("ddp", runs[name], f"{name}-context2", context=2)
+    runs["hop"] = runs["full"] | {"output": str(place / "hop"), "save": {"every": "1st", "best": False}}
+    two = [{"settings": settings} for name, settings in runs.items() if name.endswith(("-fsdp2", "-context2"))]
+    two.append({"settings": shared("ddp", runs["hop"], "hop", context=2), "stop": 2})
     two += [{"settings": runs["again"], "stop": 3}, {"settings": runs["again"]}]
     two += [{"settings": shared("fsdp", runs["chain"], "chain"), "stop": 2}, {"settings": runs["broken"], "broken": 1}]
     launch(2, two)
     ranks.train({"settings": runs["chain"], "stop": 4})
+    ranks.train({"settings": runs["hop"]})
     for name in ("full", "lora"):
         runs[f"{name}-hsdp4"] = shared("hsdp", runs[name], f"{name}-hsdp4", shards=2)
-    four = [{"settings": settings} for name, settings in runs.items() if name.endswith("-hsdp4")]
+    runs["dpo-context4"] = shared("ddp", runs["dpo"], "dpo-context4", context=2)
+    runs["full-context4"] = shared("fsdp", runs["full"], "full-context4", context=2)
+    four = [{"settings": settings} for name, settings in runs.items() if name.endswith(("-hsdp4", "-context4"))]
     launch(4, [*four, {"settings": shared("fsdp", runs["chain"], "chain")}])
     return runs
 
@@ -168,6 +176,20 @@ def test_two_processes_with_shards_are_one(short: dict[str, Settings], name: str
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_two_groups_of_two_are_one(short: dict[str, Settings], name: str) -> None:
     assert_same(short[name], short[f"{name}-hsdp4"])
+
+
+@pytest.mark.parametrize("name", ["full", "dpo", "kto", "distill", "reward"])
+def test_two_processes_that_share_tokens_are_one(short: dict[str, Settings], name: str) -> None:
+    assert_same(short[name], short[f"{name}-context2"])
+
+
+@pytest.mark.parametrize("name", ["full", "dpo"])
+def test_two_pairs_that_share_tokens_are_one(short: dict[str, Settings], name: str) -> None:
+    assert_same(short[name], short[f"{name}-context4"])
+
+
+def test_a_run_with_shared_tokens_goes_on_alone(short: dict[str, Settings]) -> None:
+    assert_same(short["full"], short["hop"])
 
 
 def test_the_cases_could_differ(short: dict[str, Settings], tiny_model: Path, untied: Path) -> None:
@@ -213,7 +235,16 @@ WAYS: list[tuple[int, str, Settings]] = [
     (2, "fsdp", {}),
     (4, "fsdp", {}),
     (4, "hsdp", {"shards": 2}),
+    (2, "ddp", {"context": 2}),
+    (4, "ddp", {"context": 2}),
+    (4, "fsdp", {"context": 2}),
+    (4, "hsdp", {"shards": 2, "context": 2}),
 ]
+
+
+def way_of(name: str, processes: int, strategy: str, options: Settings) -> str:
+    """What a run is called."""
+    return f"{name}-{strategy}{processes}" + (f"-context{options['context']}" if "context" in options else "")
 
 
 @pytest.mark.slow
@@ -235,12 +266,13 @@ def test_every_objective_under_every_strategy(place: Path, tiny_model: Path, unt
     for settings in runs.values():
         ranks.train({"settings": settings})
     for processes, strategy, options in WAYS:
-        launch(processes, [{"settings": shared(strategy, run, f"{name}-{strategy}{processes}", **options)} for name, run in runs.items()])
+        cases = [shared(strategy, run, way_of(name, processes, strategy, options), **options) for name, run in runs.items()]
+        launch(processes, [{"settings": settings} for settings in cases])
     kept = {"reshard": False}, {"offload": True}
     launch(2, [{"settings": shared("fsdp", runs["sft-whole"], f"kept-{n}", **options)} for n, options in enumerate(kept)])
     for name, run in runs.items():
-        for processes, strategy, _ in WAYS:
-            assert_same(run, shared(strategy, run, f"{name}-{strategy}{processes}"))
+        for processes, strategy, options in WAYS:
+            assert_same(run, shared(strategy, run, way_of(name, processes, strategy, options)))
     for n in range(len(kept)):
         assert_same(runs["sft-whole"], shared("fsdp", runs["sft-whole"], f"kept-{n}"))
 

@@ -55,7 +55,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _all_to_all(gradients[0], ctx.group), None
 
 
@@ -70,7 +70,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
         # A reduction that adds in rank order and in float32, whatever the type is and whatever a backend's own one does.
         found = _all_to_all(gradients[0].unflatten(0, (ctx.size, -1)), ctx.group)
         wide = found.dtype if found.dtype.itemsize > 4 else torch.float32

@@ -100,11 +100,9 @@ class Context:
             key, value = key.repeat_interleave(again, dim=1), value.repeat_interleave(again, dim=1)
         parts = [_by_rank(x, size) for x in as_autocast(query, key, value)]
         found = self.group.exchange(torch.cat(parts, dim=-1)).flatten(0, 1)
-        widths = [part.shape[-1] for part in parts]
-        q, k, v = (
-            made.reshape(len(made), -1, x.shape[-1]).transpose(0, 1)[None]
-            for made, x in zip(found.split(widths, dim=-1), (query, key, value), strict=True)
-        )
+        made = found.split_with_sizes([part.shape[-1] for part in parts], dim=-1)
+        widths = [x.shape[-1] for x in (query, key, value)]
+        q, k, v = (x.reshape(len(x), -1, width).transpose(0, 1)[None] for x, width in zip(made, widths, strict=True))
         each = query.shape[1] // size
         return q, k, v, None if sinks is None else sinks[rank * each : (rank + 1) * each]
 
