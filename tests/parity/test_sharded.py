@@ -137,7 +137,8 @@ def short(place: Path, tiny_model: Path, untied: Path, launch: Launch) -> dict[s
     runs = {
         "full": run_of(place, tiny_model, "full"),
         "lora": run_of(place, tiny_model, "lora", adapter=LORA, train={"learning_rate": 1e-3, "micro_batch_tokens": 160}),
-        "dpo": run_of(place, tiny_model, "dpo", objective={"kind": "dpo", "reference": "copy"}, train={"learning_rate": 5e-5}),
+        "dpo": run_of(place, tiny_model, "dpo", objective={"kind": "dpo", "reference": "copy"}),
+        "pairs": run_of(place, tiny_model, "pairs", objective={"kind": "dpo"}, adapter=LORA),
         "kto": run_of(place, tiny_model, "kto", objective={"kind": "kto"}, adapter=LORA),
         "distill": run_of(place, untied, "distill", objective={"kind": "distill", "teacher": teacher, "sft_weight": 0.5}),
         "reward": run_of(place, tiny_model, "reward", objective={"kind": "reward"}),
@@ -149,7 +150,7 @@ def short(place: Path, tiny_model: Path, untied: Path, launch: Launch) -> dict[s
     runs["chain"] = runs["full"] | {"output": str(place / "chain"), "save": {"every": "1st", "best": False}}
     runs["again"] = shared("fsdp", runs["chain"], "again")
     runs["broken"] = shared("fsdp", runs["chain"], "broken")
-    for name in ("full", "dpo", "kto", "distill", "reward"):
+    for name in ("full", "pairs", "kto", "distill", "reward"):
         runs[f"{name}-context2"] = shared("ddp", runs[name], f"{name}-context2", context=2)
     runs["hop"] = runs["full"] | {"output": str(place / "hop"), "save": {"every": "1st", "best": False}}
     two = [{"settings": settings} for name, settings in runs.items() if name.endswith(("-fsdp2", "-context2"))]
@@ -161,7 +162,7 @@ def short(place: Path, tiny_model: Path, untied: Path, launch: Launch) -> dict[s
     ranks.train({"settings": runs["hop"]})
     for name in ("full", "lora"):
         runs[f"{name}-hsdp4"] = shared("hsdp", runs[name], f"{name}-hsdp4", shards=2)
-    runs["dpo-context4"] = shared("ddp", runs["dpo"], "dpo-context4", context=2)
+    runs["pairs-context4"] = shared("ddp", runs["pairs"], "pairs-context4", context=2)
     runs["full-context4"] = shared("fsdp", runs["full"], "full-context4", context=2)
     four = [{"settings": settings} for name, settings in runs.items() if name.endswith(("-hsdp4", "-context4"))]
     launch(4, [*four, {"settings": shared("fsdp", runs["chain"], "chain")}])
@@ -178,12 +179,12 @@ def test_two_groups_of_two_are_one(short: dict[str, Settings], name: str) -> Non
     assert_same(short[name], short[f"{name}-hsdp4"])
 
 
-@pytest.mark.parametrize("name", ["full", "dpo", "kto", "distill", "reward"])
+@pytest.mark.parametrize("name", ["full", "pairs", "kto", "distill", "reward"])
 def test_two_processes_that_share_tokens_are_one(short: dict[str, Settings], name: str) -> None:
     assert_same(short[name], short[f"{name}-context2"])
 
 
-@pytest.mark.parametrize("name", ["full", "dpo"])
+@pytest.mark.parametrize("name", ["full", "pairs"])
 def test_two_pairs_that_share_tokens_are_one(short: dict[str, Settings], name: str) -> None:
     assert_same(short[name], short[f"{name}-context4"])
 
