@@ -16,7 +16,7 @@ SOURCES = sorted((ROOT / "src/burnish").rglob("*.py"))
 
 DOORS = {
     "accelerate": {"engine/backend.py"},
-    "torch.distributed": {"engine/backend.py", "engine/backend_fsdp.py", "engine/rendezvous.py"},
+    "torch.distributed": {"engine/backend.py", "engine/backend_context.py", "engine/backend_fsdp.py", "engine/rendezvous.py"},
     "peft": {"models/adapters.py"},
     "bitsandbytes": {"models/load.py", "engine/optim.py"},
     "schedulefree": {"engine/optim.py"},
