@@ -145,7 +145,7 @@ def arithmetic(run: Run, parallel: dict[str, Any], micro_batches: int) -> dict[s
 
 def exchanged(run: Run, micro_batches: int, tokens: int) -> dict[str, float]:
     """What ranks that share T tokens exchange, by formula: each layer's queries, keys, values and outputs, forward and backward, of T / N
-    tokens; the last hidden states of all T, gathered, and their gradients; one number for each prediction, and its gradient."""
+    tokens; the last hidden states of all T, gathered, and their gradients; the statistics of each prediction, and their gradients."""
     size = run.backend.grid.context
     if size == 1:
         return {}
@@ -153,7 +153,7 @@ def exchanged(run: Run, micro_batches: int, tokens: int) -> dict[str, float]:
     width, predictions = config.hidden_size // config.num_attention_heads, -(-(tokens - 1) // size) * size
     keys = math.lcm(config.num_key_value_heads, size)
     layer = tokens // size * width * (2 * config.num_attention_heads + 2 * keys)
-    gathered = tokens * config.hidden_size + predictions
+    gathered = tokens * config.hidden_size + 2 * predictions  # SFT's: the log-probability, and whether it is the first choice
     return {"all_to_all": 4 * micro_batches * (2 * config.num_hidden_layers * layer + gathered), "all_gather": 4 * micro_batches * gathered}
 
 
