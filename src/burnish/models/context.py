@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -25,6 +25,7 @@ import torch.nn.functional as functional
 from torch import nn
 
 from burnish.core.errors import ConfigError, Where
+from burnish.data.types import Batch
 from burnish.kernels.attention import Forest, as_autocast
 from burnish.kernels.linear_ce import TokenStats
 
@@ -121,6 +122,12 @@ class Context:
         """Which of `count` rows this rank computes, int64. Equally many on all: where they do not come out even, the last row again."""
         each = -(-count // self.group.size)
         return torch.arange(self.group.rank * each, (self.group.rank + 1) * each, device=device).clamp(max=max(count - 1, 0))
+
+    def own_rows(self, batch: Batch) -> Batch:
+        """The batch with this rank's share of its predictions, each of which one rank has; some may have none."""
+        each = -(-len(batch.targets) // self.group.size)
+        mine = slice(self.group.rank * each, (self.group.rank + 1) * each)
+        return replace(batch, rows=batch.rows[mine], targets=batch.targets[mine], token_weights=batch.token_weights[mine])
 
     def stats(self, part: TokenStats, count: int) -> TokenStats:
         """Statistics [n] of this rank's rows -> [count] of all rows, in one collective."""

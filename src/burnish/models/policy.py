@@ -146,6 +146,14 @@ class Policy:
             return HeadInputs(hidden, head.weight.shape[0], head.weight, head.bias, **shape)
         return HeadInputs(hidden, vocabulary, module=head, **shape)
 
+    def own_rows(self, batch: Batch) -> Batch:
+        """The batch with the predictions that are this rank's share of the head's work: all, where no other rank has the same batch."""
+        return batch if self._context is None else self._context.own_rows(batch)
+
+    def total(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that have the same batch of what each computed of its `own_rows`; differentiable."""
+        return part if self._context is None else self._context.group.gather(part[None]).sum(dim=0)
+
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Last hidden states [T, H], after the final norm."""
         if self._refer and self._reference is not None:
