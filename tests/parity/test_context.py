@@ -31,7 +31,6 @@ from .test_pairs import cut, lora, pairs, sides
 from .test_pairs import train_once as train_pairs
 from .test_whole_model import FAST, assert_same, batches, examples, train_once
 
-
 # The backward passes of all threads share one thread for each GPU, where they cannot wait for each other.
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="ranks are threads")
 
