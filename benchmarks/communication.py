@@ -1,9 +1,10 @@
 """What ranks send each other in one optimiser step, by strategy: counted at the collectives themselves, beside what arithmetic says.
 
     torchrun --standalone --nproc-per-node 4 -m benchmarks.communication --shape smollm2-135m --micro-batches 2
+    torchrun --standalone --nproc-per-node 4 -m benchmarks.communication --context 2 --tokens 512
 
-Bytes do not depend on the tokens of a micro-batch, so a few are enough, and weights are random. `sent` is what one rank sends where the
-collectives go round a ring: (n - 1) / n of what is gathered or scattered, twice that of what is reduced for all.
+What weights cost does not depend on the tokens of a micro-batch, so a few are enough, and weights are random. `sent` is what one rank sends
+where the collectives go round a ring: (n - 1) / n of what is gathered, scattered or exchanged, twice that of what is reduced for all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import gc
 import json
 import logging
+import math
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -47,6 +49,13 @@ STRATEGIES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+def strategies(context: int) -> list[tuple[str, dict[str, Any]]]:
+    """What is counted: every strategy, or those that tokens are shared under."""
+    if context == 1:
+        return STRATEGIES
+    return [(f"{name}, context: {context}", {"strategy": name, "context": context}) for name in ("ddp", "fsdp")]
+
+
 class Counted(TorchDispatchMode):
     """Adds up the bytes of every collective: what is gathered, scattered or reduced, and what a rank sends for it."""
 
@@ -64,6 +73,7 @@ class Counted(TorchDispatchMode):
     def _note(self, name: str, args: Any) -> None:
         kinds = {"_allgather_base_": ("all_gather", 1), "_reduce_scatter_base_": ("reduce_scatter", 1), "allreduce_": ("all_reduce", 2)}
         kinds |= {"all_gather_single": kinds["_allgather_base_"], "reduce_scatter_single": kinds["_reduce_scatter_base_"]}
+        kinds |= {"alltoall_base_": ("all_to_all", 1), "all_to_all_single": ("all_to_all", 1)}
         kind, times = kinds.get(name, ("other", 1))
         tensors = [x for arg in args for x in (arg if isinstance(arg, list) else [arg]) if isinstance(x, torch.Tensor)]
         size = max((tensor.nbytes for tensor in tensors), default=0)  # the side that is whole
@@ -79,26 +89,28 @@ def _is_group(value: torch.ScriptObject) -> bool:
     return "ProcessGroup" in value._type().qualified_name()
 
 
-def make_model(folder: Path, shape: str) -> None:
+def make_model(folder: Path, shape: str, tokens: int) -> None:
     raw = Tokenizer(models.WordLevel({"<end>": 0, "<unknown>": 1, **{f"w{n}": n + 2 for n in range(100)}}, unk_token="<unknown>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>").save_pretrained(folder)
     config = LlamaConfig(vocab_size=VOCABULARY[shape], tie_word_embeddings=True, eos_token_id=0, bos_token_id=None, **SHAPES[shape])
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
-    rows = [{"text": " ".join(f"w{(n + k) % 100}" for k in range(31))} for n in range(64)]
+    rows = [{"text": " ".join(f"w{(n + k) % 100}" for k in range(tokens - 1))} for n in range(64)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def count(place: Path, parallel: dict[str, Any], adapter: dict[str, Any] | None, micro_batches: int) -> tuple[Counted, dict[str, float]]:
+def count(
+    place: Path, parallel: dict[str, Any], adapter: dict[str, Any] | None, micro_batches: int, tokens: int
+) -> tuple[Counted, dict[str, float]]:
     """The second step of a run, and what arithmetic says of it."""
-    ranks = dist.get_world_size()
+    ranks = dist.get_world_size() // parallel.get("context", 1)
     run = Run.from_config(
         {
             "model": str(place),
             "adapter": adapter,
-            "data": {"train": str(place / "rows.jsonl"), "max_length": 32, "cache": str(place / "cache"), "workers": 1},
-            "train": {"steps": 2, "batch_size": ranks * micro_batches, "micro_batch_tokens": 32, "precision": "float32"},
+            "data": {"train": str(place / "rows.jsonl"), "max_length": tokens, "cache": str(place / "cache"), "workers": 1},
+            "train": {"steps": 2, "batch_size": ranks * micro_batches, "micro_batch_tokens": tokens, "precision": "float32"},
             "parallel": parallel,
             "output": str(place / "run"),
         }
@@ -110,7 +122,10 @@ def count(place: Path, parallel: dict[str, Any], adapter: dict[str, Any] | None,
             continue
         with counted:
             run.step(run.loss(batch))
-    return counted, arithmetic(run, parallel, micro_batches)
+    expected = arithmetic(run, parallel, micro_batches)
+    for kind, size in exchanged(run, micro_batches, tokens).items():
+        expected[kind] = expected.get(kind, 0) + size
+    return counted, expected
 
 
 def arithmetic(run: Run, parallel: dict[str, Any], micro_batches: int) -> dict[str, float]:
@@ -132,10 +147,26 @@ def arithmetic(run: Run, parallel: dict[str, Any], micro_batches: int) -> dict[s
     return found | ({"all_reduce": gradients / shards} if shards < backend.world_size else {})
 
 
+def exchanged(run: Run, micro_batches: int, tokens: int) -> dict[str, float]:
+    """What ranks that share T tokens exchange, by formula: each layer's queries, keys, values and outputs, forward and backward, of T / N
+    tokens; the last hidden states of all T, gathered, and their gradients; the statistics of each prediction, and their gradients."""
+    size = run.backend.grid.context
+    if size == 1:
+        return {}
+    config: Any = run.policy.anatomy.whole.config
+    width, predictions = config.hidden_size // config.num_attention_heads, -(-(tokens - 1) // size) * size
+    keys = math.lcm(config.num_key_value_heads, size)
+    layer = tokens // size * width * (2 * config.num_attention_heads + 2 * keys)
+    gathered = tokens * config.hidden_size + 2 * predictions  # SFT's: the log-probability, and whether it is the first choice
+    return {"all_to_all": 4 * micro_batches * (2 * config.num_hidden_layers * layer + gathered), "all_gather": 4 * micro_batches * gathered}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=32, help="of a micro-batch")
+    parser.add_argument("--context", type=int, default=1, help="ranks that share the tokens of a micro-batch")
     options = parser.parse_args()
     dist.init_process_group("gloo")
     logging.disable(logging.WARNING)
@@ -145,18 +176,19 @@ def main() -> None:
         dist.broadcast_object_list(box)
         place = Path(box[0])
         if dist.get_rank() == 0:
-            make_model(place, options.shape)
-            print(f"{options.shape}, {dist.get_world_size()} ranks, {options.micro_batches} micro-batches a step, MB (10^6 bytes)")
-            print("trained | strategy | all_gather | reduce_scatter | all_reduce | sent by a rank | other | by arithmetic")
+            make_model(place, options.shape, options.tokens)
+            size = f"{options.micro_batches} micro-batches of {options.tokens} tokens a step"
+            print(f"{options.shape}, {dist.get_world_size()} ranks, {size}, MB (10^6 bytes)")
+            print("trained | strategy | all_gather | reduce_scatter | all_reduce | all_to_all | sent by a rank | other | by arithmetic")
         dist.barrier()
         for trained, adapter in (("whole model", None), ("LoRA, rank 16", {"rank": 16})):
-            for name, parallel in STRATEGIES:
+            for name, parallel in strategies(options.context):
                 if dist.get_world_size() % parallel.get("shards", 1) or parallel.get("shards") == dist.get_world_size():
                     continue
-                counted, expected = count(place, parallel, adapter, options.micro_batches)
+                counted, expected = count(place, parallel, adapter, options.micro_batches, options.tokens)
                 gc.collect()
                 if dist.get_rank() == 0:
-                    kinds = ("all_gather", "reduce_scatter", "all_reduce")
+                    kinds = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
                     # A few numbers go along: losses, the norm, the guard's look.
                     agrees = all(0 <= counted.bytes[kind] - expected.get(kind, 0) < 2_000 for kind in kinds)
                     numbers = " | ".join(f"{counted.bytes[kind] / 1e6:.3f}" for kind in kinds)

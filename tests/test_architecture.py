@@ -16,7 +16,7 @@ SOURCES = sorted((ROOT / "src/burnish").rglob("*.py"))
 
 DOORS = {
     "accelerate": {"engine/backend.py"},
-    "torch.distributed": {"engine/backend.py", "engine/backend_fsdp.py", "engine/backend_weights.py", "engine/rendezvous.py"},
+    "torch.distributed": {f"engine/{name}.py" for name in ("backend", "backend_context", "backend_fsdp", "backend_weights", "rendezvous")},
     "peft": {"models/adapters.py"},
     "bitsandbytes": {"models/load.py", "engine/optim.py"},
     "schedulefree": {"engine/optim.py"},

@@ -20,7 +20,8 @@ from burnish.data.types import Batch
 from burnish.engine.backend import Backend
 from burnish.models.activations import free_memory
 from burnish.models.adapters import attach
-from burnish.models.load import count_parameters, load_model, stored_bytes
+from burnish.models.context import refuse_heads
+from burnish.models.load import attention_heads, count_parameters, load_model, stored_bytes
 from burnish.models.patch import KernelReport
 from burnish.models.policy import Policy
 from burnish.models.score import Judges, attach_score
@@ -59,6 +60,7 @@ def build_policy(
     policy = Policy(trained, tokenizer, attention=model.attention, kernels=model.kernels == "auto" and not unproven, verify=reads)
     if unproven and model.kernels == "auto":
         policy.kernels = KernelReport(reason="one process loads the weights, where fast modules cannot be proven for all")
+    backend.share_context(policy, verify=not unproven)
     return policy
 
 
@@ -66,10 +68,12 @@ def settle_strategy(config: RunConfig, backend: Backend) -> None:
     """Chooses how several devices share the work, before the weights are loaded to where that wants them.
 
     Raises:
-        ConfigError: the model fits on no device, and the run is one that shards do not allow.
+        ConfigError: the model fits on no device, and the run is one that shards do not allow, or its attention heads cannot be shared.
     """
     if backend.world_size == 1:
         return
+    if backend.grid.context > 1:
+        refuse_heads(attention_heads(config.model), backend.grid.context)
     elements, model, whole = count_parameters(config.model), config.model, config.adapter is None
     size = 4 if whole else stored_bytes(model, backend.storage_dtype)
     rest = elements * _BYTES_PER_TRAINED if whole else 0  # an adapter's are next to nothing
@@ -89,12 +93,14 @@ def fit_activations(train: Train, policy: Policy, backend: Backend, micro_batch_
     if backend.sharded:
         trained = trained / backend.shards - backend.freed_by_shards(policy.model)
     budget = _ROOM * _free(backend) - trained - policy.head_bytes()
+    if backend.grid.model_ranks > 1:  # a layer that is computed again is so on all ranks, which exchange its tokens again
+        budget = min(backend.gather(budget))
     if not backend.reads_weights:
         line, ways = backend.from_main(("", policy.recomputed))
         policy.recompute(ways, tile=train.mlp_tile)
         return line
     with backend.autocast():
-        line = policy.fit_activations(micro_batch_tokens, budget, tile=train.mlp_tile)
+        line = policy.fit_activations(-(-micro_batch_tokens // backend.grid.context), budget, tile=train.mlp_tile)
     return backend.from_main((line, policy.recomputed))[0] if backend.spreads else line
 
 
@@ -118,7 +124,9 @@ def build_teacher(path: str, backend: Backend, tokenizer: PreTrainedTokenizerFas
             hint="Choose a teacher of the student's family: distillation compares the models token by token.",
         )
     whole = load_model(settings, compute_dtype=backend.storage_dtype, device=backend.device)
-    return Policy(whole.requires_grad_(False), tokenizer).eval()
+    policy = Policy(whole.requires_grad_(False), tokenizer).eval()
+    backend.share_context(policy)
+    return policy
 
 
 def build_objective(config: RunConfig, base: Path, *, teacher: Policy | None = None) -> Objective:

@@ -163,7 +163,7 @@ class Run:
         """The micro-batches of each step."""
         train, data = self.config.train, self.config.data
         batch_size = self._batch_size
-        device = {"rank": self.backend.rank, "world_size": self.backend.world_size, "micro_batch_tokens": self.micro_batch_tokens}
+        device = {"rank": self.backend.data_rank, "world_size": self.backend.data_world_size, "micro_batch_tokens": self.micro_batch_tokens}
         if data.streaming:
             return StreamLoader(
                 data,
@@ -201,9 +201,9 @@ class Run:
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Most tokens computed at once."""
+        """Most tokens computed at once, on all devices that share a micro-batch together."""
         asked = self.config.train.micro_batch_tokens
-        return MICRO_BATCH_TOKENS.get(self.backend.device.type, 8192) if asked == "auto" else asked
+        return MICRO_BATCH_TOKENS.get(self.backend.device.type, 8192) * self.backend.grid.context if asked == "auto" else asked
 
     @cached_property
     def policy(self) -> Policy:
@@ -242,7 +242,7 @@ class Run:
         if self.objective.needs_reference:
             held_out = self._reference(policy)
         if self.config.train.optimizer.in_backward and isinstance(source, Loader):
-            preflight.refuse_cut_steps(source.tokens_per_step / self.backend.world_size, self.micro_batch_tokens)
+            preflight.refuse_cut_steps(source.tokens_per_step / self.backend.data_world_size, self.micro_batch_tokens)
         passes = partial(self._eval_batches, held_out) if held_out is not None else None
         return loop.Job(
             policy=policy,
@@ -269,7 +269,7 @@ class Run:
     def _eval_batches(self, held_out: ExampleSet, halvings: int) -> Iterator[Batch]:
         budget = max(1, self.micro_batch_tokens >> halvings)
         options = {"packing": self.config.data.packing, "mismatched": self._mismatched}
-        return self.watchdog.counted(eval_batches(held_out, budget, self.backend.rank, self.backend.world_size, **options))
+        return self.watchdog.counted(eval_batches(held_out, budget, self.backend.data_rank, self.backend.data_world_size, **options))
 
     @cached_property
     def _files(self) -> RunFolder:

@@ -200,6 +200,28 @@ def shards_can_be_trained(run: RunConfig) -> str | None:
     return f"parallel.strategy: {run.parallel.strategy} cuts weights into shards, and {why}" if why else None
 
 
+@_check("parallel.context", "parallel.processes")
+def context_divides_processes(run: RunConfig) -> str | None:
+    """Devices that share tokens come in groups of one size."""
+    context, processes = run.parallel.context, run.parallel.processes
+    if processes == "auto" or processes % context == 0:
+        return None
+    known = [str(size) for size in range(1, processes + 1) if processes % size == 0]
+    return f"parallel.context: {context} does not divide parallel.processes: {processes}; take one of {', '.join(known)}"
+
+
+@_check("parallel.context", "parallel.strategy", "train.compile")
+def tokens_can_be_shared(run: RunConfig) -> str | None:
+    """Some things know one device only."""
+    if run.parallel.context == 1:
+        return None
+    if run.parallel.strategy == "none":
+        return "parallel.strategy: none means one process, and parallel.context shares examples between several; leave one of them out"
+    if run.train.compile == "auto":
+        return "parallel.context exchanges tokens within layers, where train.compile is not tried; leave train.compile out"
+    return None
+
+
 def unshardable(run: RunConfig) -> str | None:
     """What in a run needs whole weights, as the end of a sentence; None where nothing does."""
     train = run.train
@@ -409,6 +431,8 @@ CHECKS = (
     strategy_uses_its_keys,
     measuring_is_not_deterministic,
     shards_can_be_trained,
+    context_divides_processes,
+    tokens_can_be_shared,
     optimizer_uses_its_keys,
     schedule_uses_its_keys,
     schedule_free_has_no_curve,

@@ -285,6 +285,9 @@ class Parallel(Strict):
     are gradients. `zero3`: another name of `fsdp`."""
     shards: int | None = Field(default=None, ge=1)
     """hsdp: devices that share one copy of the model. Default: those of one machine."""
+    context: int = Field(default=1, ge=1)
+    """Neighbouring devices that share every micro-batch, each with its part of the tokens: for examples too long for one device. A divisor
+    of the number of devices; goes with every strategy."""
     reshard: bool = True
     """fsdp, hsdp: give a layer's weights back after the forward pass and gather them again for the backward pass. `false` sends less and
     holds all weights in between."""

@@ -25,7 +25,9 @@ from torch import nn
 from burnish.config.sections import Parallel
 from burnish.core.errors import ConfigError, DependencyError, TrainingError, Where
 from burnish.core.log import set_rank, warn
+from burnish.engine.backend_context import ContextGroup
 from burnish.engine.backend_fsdp import Part, Sharding
+from burnish.engine.grid import Grid
 from burnish.kernels.allocator import keep_freed_memory
 from burnish.kernels.dispatch import cpu_has_fast_bf16
 
@@ -78,11 +80,13 @@ class Backend:
             )
         self._parallel = parallel or Parallel()
         self.strategy = _strategy(self._parallel, self.world_size)
+        self.grid = Grid(self.rank, self.world_size, context=self._parallel.context)
         self.reason = ""
         self.load_device = self.device
         self.spreads = False
         """Rank 0 alone reads the weights, into the host's memory, and sends each rank its part. Known after `settle`."""
         self._sharding: Sharding | None = None
+        self._context: ContextGroup | None = None
         self.compute_dtype = resolve_precision(precision, self.device)
         self.loss_scale = LossScale() if self.compute_dtype == torch.float16 else None
         set_rank(self.rank)
@@ -93,6 +97,21 @@ class Backend:
     def is_main(self) -> bool:
         """True on the one process that prints and writes."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which micro-batches are this rank's: ranks that work on the same ones have the same number."""
+        return self.grid.data_rank
+
+    @property
+    def data_world_size(self) -> int:
+        """Ranks, or groups of them, that have micro-batches of their own."""
+        return self.world_size // self.grid.model_ranks
+
+    @property
+    def coupled(self) -> bool:
+        """Whether ranks wait for each other within a micro-batch, so that none can leave it alone."""
+        return self.sharded or self.grid.model_ranks > 1
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -185,6 +204,17 @@ class Backend:
     def layout(self) -> dict[str, Part]:
         """Which part of each trained weight this rank has; empty where it has all of them."""
         return self._sharding.layout if self._sharding is not None else {}
+
+    def share_context(self, policy: Any, *, verify: bool = True) -> None:
+        """Lets the policy share the tokens of each micro-batch with the other ranks of its group, where the run file says so.
+
+        Raises:
+            ConfigError: the model cannot be computed in parts. `verify` looks whether it can, on the device.
+        """
+        if self.grid.context == 1:
+            return
+        self._context = self._context or ContextGroup(self.grid)
+        policy.share_context(self._context, verify=verify)
 
     def shard(self, policy: Any) -> None:
         """Cuts the policy's model into shards, where the strategy says so. Called once, when the model is complete.
@@ -290,11 +320,11 @@ class Backend:
         return held[0]
 
     def sums(self, values: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-        """(sum, count) pairs added over the ranks, key by key; a rank may lack a key."""
+        """(sum, count) pairs added over the ranks, key by key; a rank may lack a key. Of ranks with the same micro-batches one counts."""
         if self.world_size == 1:
             return dict(values)
         total: dict[str, tuple[float, float]] = {}
-        for share in self.gather(dict(values)):
+        for share in self.gather(dict(values))[:: self.grid.model_ranks]:
             for key, (amount, count) in share.items():
                 before = total.get(key, (0.0, 0.0))
                 total[key] = (before[0] + amount, before[1] + count)

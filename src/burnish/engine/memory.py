@@ -76,7 +76,7 @@ class Memory:
         self._source = source if isinstance(source, Recut) else None
         self._stepper = stepper
         self._state = state
-        self._swallow = recovery.out_of_memory == "halve" and stepper.repeatable and self._source is not None and not backend.sharded
+        self._swallow = recovery.out_of_memory == "halve" and stepper.repeatable and self._source is not None and not backend.coupled
         if self._source is not None:
             self._source.halve(state.halvings)
 

@@ -80,7 +80,8 @@ def _sharing(backend: Backend) -> str:
     if sharding is not None:
         said += f": weights in {sharding.shards} shards" + (f", {sharding.replicas} times" if sharding.replicas > 1 else "")
         said += f", {sharding.replicated / 2**20:,.0f} MiB of quantised weights whole on each" if sharding.replicated else ""
-    return said + (f" ({backend.reason})" if backend.reason else "")
+    said += f" ({backend.reason})" if backend.reason else ""
+    return said + (f", every {backend.grid.context} share the tokens of a micro-batch" if backend.grid.context > 1 else "")
 
 
 def without_c(device: torch.device) -> str:

@@ -204,11 +204,11 @@ def precompute(
     if not len(missing):
         info(f"reference: the log-probabilities of {what} are reused from {store.path}")
         return Referenced(examples, store.values)
-    plan = plan_micro_batches(examples.lengths[missing], micro_batch_tokens, world_size=backend.world_size, packing=packing)
+    plan = plan_micro_batches(examples.lengths[missing], micro_batch_tokens, world_size=backend.data_world_size, packing=packing)
     with bar(console, shown=backend.is_main, unit="examples") as display:
         task = display.add_task(f"reference log-probabilities of {what}", total=len(missing))
         for rounds, micro_batches in enumerate(zip(*plan, strict=True), start=1):
-            places = missing[micro_batches[backend.rank]]
+            places = missing[micro_batches[backend.data_rank]]
             found = _logprobs(policy, [examples[int(place)] for place in places], backend)
             for share in backend.gather((places, found)):
                 _enter(store.values, first, ends, *share)

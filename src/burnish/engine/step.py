@@ -2,7 +2,7 @@
 
 The gradient of a step is that of  sum over all micro-batches and ranks of loss.sum / step_weight,  whatever the cut into micro-batches
 and ranks was. Each micro-batch is divided by the weight of the *whole step*, which the loader knows in advance; ranks average their
-gradients, so the local share is multiplied by their number first.
+gradients, so the local share is multiplied by their number first. Ranks that share micro-batches count as one (`engine.grid`).
 """
 # torch._foreach_* (one kernel for a list of tensors) has no public name
 # pyright: reportPrivateImportUsage=false
@@ -63,7 +63,7 @@ def begin_step(batches: Iterable[Batch], objective: Objective, policy: Any, back
         return moved
     whole = list(moved)
     with backend.autocast():
-        if backend.world_size == 1 or backend.sharded:
+        if backend.world_size == 1 or backend.coupled:
             backend.compute(lambda: objective.begin_step(policy, whole, backend.sums))
         else:
             _together(backend, lambda totals: objective.begin_step(policy, whole, totals))
@@ -144,14 +144,14 @@ class Stepper:
         """
         if not batch.step_weight > 0:
             raise TrainingError(f"a step must train something, found a total weight of {batch.step_weight}")
-        share = self.backend.world_size / batch.step_weight
+        share = self.backend.data_world_size / batch.step_weight
         scale = self.backend.loss_scale.scale if self.backend.loss_scale else 1.0
         if isinstance(self.optimizer, InBackward):
             self._begin_in_backward(batch)
         self.backend.before_backward(batch.last)
         if loss.sum.requires_grad:
             (loss.sum * (share * scale)).backward()
-        elif batch.weight or self.backend.sharded:  # a placeholder of a rank without examples may be cut off
+        elif batch.weight or self.backend.coupled:  # a placeholder of a rank without examples may be cut off
             raise TrainingError(
                 "the loss depends on no trained parameter", hint="check the adapter's targets and what the objective returns"
             )

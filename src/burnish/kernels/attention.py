@@ -40,7 +40,7 @@ from burnish.kernels.attention_tree import tree_attention
 from burnish.kernels.dispatch import AttentionKind, attention_kind, flash_takes
 from burnish.kernels.forest import Forest, causal_mask
 
-__all__ = ["AttentionKind", "Forest", "causal_mask", "eager_attention", "forest_attention", "forest_attention_reference"]
+__all__ = ["AttentionKind", "Forest", "as_autocast", "causal_mask", "eager_attention", "forest_attention", "forest_attention_reference"]
 
 
 def forest_attention(
@@ -76,7 +76,7 @@ def forest_attention(
     Raises:
         ModelError: `kind` was chosen by name and cannot do what the model asks for.
     """
-    q, k, v = _as_autocast(q, k, v)
+    q, k, v = as_autocast(q, k, v)
     head_dim = q.shape[-1] if q.shape[-1] == v.shape[-1] else 0
     if kind == "auto":
         kind = attention_kind(
@@ -113,7 +113,7 @@ def forest_attention(
     return _eager(q, k, v, forest, scaling, window, softcap, sinks, dropout)
 
 
-def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in autocast's type, where it is on: what it would do before any product."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):

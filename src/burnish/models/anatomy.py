@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from burnish.core.errors import ModelError
 from burnish.kernels.attention import Forest
 from burnish.kernels.dispatch import AttentionKind
+from burnish.models.context import Context
 from burnish.models.forest import Packed, install, last_hidden, run, windows_as_configured
 
 _LENGTHS = (7, 5)  # the probe's two segments
@@ -113,6 +114,22 @@ def rehearse(anatomy: Anatomy, kind: AttentionKind = "auto") -> torch.Tensor:
         ids, positions = _side_by_side(*_segments(anatomy, seed=0))
         packed = Packed(Forest((_LENGTHS[0], sum(_LENGTHS)), (-1, -1)), kind) if anatomy.packed else None
         return last_hidden(run(anatomy.backbone, ids, positions, packed))
+
+
+def doubt_shared(anatomy: Anatomy, context: Context, kind: AttentionKind = "auto") -> str:
+    """Why ranks cannot share a batch's tokens, or nothing. All ranks of a group take part, with the same weights."""
+    with _calm(anatomy.whole):
+        ids, positions = _side_by_side(*_segments(anatomy, seed=0))
+        forest = Forest((_LENGTHS[0], sum(_LENGTHS)), (-1, -1))
+        alone = _hidden(anatomy, ids, positions, Packed(forest, kind))
+        share = context.share(forest)
+        part = _hidden(anatomy, share.of(ids), share.of(positions), Packed(share.forest, kind, context=context))
+        together = context.gather(part, len(ids))
+    return "its tokens shared by several devices differ from those on one" if _off(anatomy, together, alone, 1e-3, 0.25) else ""
+
+
+def _off(anatomy: Anatomy, found: torch.Tensor, expected: torch.Tensor, full: float, half: float) -> bool:
+    return not _distance(found, expected) <= _tolerance(anatomy, full, half)
 
 
 def _doubt_head(anatomy: Anatomy) -> str:

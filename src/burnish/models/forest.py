@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask  # pyright: ignore[reportUnknow
 
 from burnish.kernels.attention import Forest, eager_attention, forest_attention
 from burnish.kernels.dispatch import AttentionKind
+from burnish.models.context import Context
 
 NAME = "burnish"
 """What our attention is called in `config._attn_implementation` (which is never saved)."""
@@ -29,11 +30,15 @@ NAME = "burnish"
 
 @dataclass(frozen=True)
 class Packed:
-    """The structure that travels with a batch. `windows`, where it is a list, collects what each attention layer asked for."""
+    """The structure that travels with a batch. `windows`, where it is a list, collects what each attention layer asked for.
+
+    `context`, where other ranks compute the rest of the batch's tokens, brings them together for attention.
+    """
 
     forest: Forest
     kind: AttentionKind = "auto"
     windows: list[int | None] | None = None
+    context: Context | None = None
 
 
 def attend(
@@ -60,6 +65,8 @@ def attend(
             raise NotImplementedError("attention with a position bias cannot be packed")
         if forest.windows is not None:
             forest.windows.append(sliding_window)
+        if forest.context is not None:
+            query, key, value, s_aux = forest.context.heads(query, key, value, s_aux)
         output = forest_attention(
             query,
             key,
@@ -72,7 +79,7 @@ def attend(
             dropout=dropout,
             kind=forest.kind,
         )
-        return output.transpose(1, 2).contiguous(), None
+        return output.transpose(1, 2).contiguous() if forest.context is None else forest.context.tokens(output), None
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
     output = eager_attention(query, key, value, attention_mask, scaling=scaling, softcap=softcap, sinks=s_aux, dropout=dropout)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as functional
 from torch import nn
 
-from burnish.core.errors import ModelError
+from burnish.core.errors import ConfigError, ModelError, Where
 from burnish.core.log import warn
 from burnish.data.types import Batch
 from burnish.kernels.attention import Forest
@@ -32,8 +32,9 @@ from burnish.kernels.linear_ce import TokenStats, default_chunk, head_stats, hea
 from burnish.kernels.logit_rows import wide_dtype
 from burnish.models import activations
 from burnish.models.adapters import disabled, is_adapted
-from burnish.models.anatomy import alone, dissect, half_type, probe, rehearse
+from burnish.models.anatomy import alone, dissect, doubt_shared, half_type, probe, rehearse
 from burnish.models.compiled import try_compile
+from burnish.models.context import Context, Group, Reach
 from burnish.models.forest import Packed, install, last_hidden, run
 from burnish.models.offload import offload, storages
 from burnish.models.patch import KernelReport, patch
@@ -90,6 +91,8 @@ class Policy:
         self._refer = False
         self._kept: dict[str, torch.Tensor] = {}
         self._shards: Shards | None = None
+        self._context: Context | None = None
+        self._reach: Reach | None = None
         self._noise = _EmbeddingNoise()
         self._casts = Casts()
         self._offloaded: Collection[int] | None = None
@@ -119,11 +122,17 @@ class Policy:
             if score_of(self.model) is not None:
                 raise ModelError("a reward model has no log-probabilities, expected a model with an output head")
             return stats_from_logits(self._own_logits(batch), batch.targets, want)
-        hidden = self.hidden(batch).index_select(0, batch.rows)
+        rows, targets, hidden = batch.rows, batch.targets, self.hidden(batch)
+        if self._context is not None and len(targets):  # the head's work is shared, too
+            places = self._context.places(len(targets), targets.device)
+            rows, targets = rows[places], targets[places]
+        hidden = hidden.index_select(0, rows)
         shape: dict[str, Any] = {"softcap": anatomy.softcap, "scale": anatomy.scale, "want": want}
         if _is_plain_linear(anatomy.head):
-            return head_stats(hidden, anatomy.head.weight, batch.targets, bias=anatomy.head.bias, **shape)
-        return head_stats_module(hidden, anatomy.head, anatomy.vocabulary, batch.targets, **shape)
+            stats = head_stats(hidden, anatomy.head.weight, targets, bias=anatomy.head.bias, **shape)
+        else:
+            stats = head_stats_module(hidden, anatomy.head, anatomy.vocabulary, targets, **shape)
+        return stats if self._context is None or not len(targets) else self._context.stats(stats, len(batch.targets))
 
     def head_inputs(self, batch: Batch) -> HeadInputs:
         """Hidden states [K, H] at the batch's rows and the head, for objectives that compare whole distributions."""
@@ -139,11 +148,19 @@ class Policy:
             return HeadInputs(hidden, head.weight.shape[0], head.weight, head.bias, **shape)
         return HeadInputs(hidden, vocabulary, module=head, **shape)
 
+    def own_rows(self, batch: Batch) -> Batch:
+        """The batch with the predictions that are this rank's share of the head's work: all, where no other rank has the same batch."""
+        return batch if self._context is None else self._context.own_rows(batch)
+
+    def total(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that have the same batch of what each computed of its `own_rows`; differentiable."""
+        return part if self._context is None else self._context.group.gather(part[None]).sum(dim=0)
+
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Last hidden states [T, H], after the final norm."""
         if self._refer and self._reference is not None:
             return self._reference.hidden(batch)
-        return torch.cat([last_hidden(output)[-length:] for output, length in self._run(self.anatomy.backbone, batch)])
+        return self._whole([last_hidden(output)[-length:] for output, length in self._run(self.anatomy.backbone, batch)], batch)
 
     def scores(self, batch: Batch) -> torch.Tensor:
         """The score head's outputs [B, n] at the last token of each branch (`extras["ends"]`), in fp32; see models/score.py.
@@ -251,6 +268,30 @@ class Policy:
         self._shards = shards
         self._casts = Casts(())  # what was asked for last time is not there between two calls
 
+    def share_context(self, group: Group, *, verify: bool = True) -> None:
+        """From now on each rank of a group computes its part of the tokens of every micro-batch, the same one on all (models/context.py).
+
+        What the policy returns is that of the whole batch, on every rank. Gradients are those of the sum of all ranks' losses.
+
+        Args:
+            group: The ranks.
+            verify: Compute a dozen tokens together and alone, and compare. All ranks then have the same weights.
+
+        Raises:
+            ConfigError: the model cannot be computed in parts.
+        """
+        context = Context(group)
+        with alone(self.model):
+            doubt = self.anatomy.doubts[-1] if not self.anatomy.packed else ""
+            if verify and not doubt:
+                doubt = doubt_shared(self.anatomy, context, self._attention)
+        if doubt:
+            name, where = type(self.anatomy.whole).__name__, Where(field="parallel.context")
+            raise ConfigError(f"the tokens of {name} cannot be shared: {doubt}", where=where, hint="leave parallel.context out")
+        self._context, self._reach = context, Reach(self.anatomy.whole)
+        if self._reference is not None:
+            self._reference.share_context(group, verify=verify)
+
     @property
     def device(self) -> torch.device:
         """Where batches belong."""
@@ -346,6 +387,14 @@ class Policy:
     def _run(self, module: nn.Module, batch: Batch, **options: Any) -> Iterator[tuple[Any, int]]:
         """Calls `module` on the batch: (output, new tokens at its end), once for all segments or once for each with its chain."""
         forest = Forest(batch.doc_ends, batch.parents)
+        if self._context is not None and self._reach is not None:
+            share = self._context.share(forest)
+            part = Packed(share.forest, self._attention, context=self._context)
+            noise = self._noise.over(share.forest, batch.input_ids.device)
+            with self._reach.over(batch.positions), noise, self._moving(), self._casts.at_once():
+                self._noise.only([slice(share.start, share.stop)])
+                yield run(module, share.of(batch.input_ids), share.of(batch.positions), part, **options), share.stop - share.start
+            return
         with self._noise.over(forest, batch.input_ids.device), self._moving(), self._casts.at_once():
             if self.anatomy.packed:
                 yield run(module, batch.input_ids, batch.positions, Packed(forest, self._attention), **options), forest.doc_ends[-1]
@@ -362,8 +411,12 @@ class Policy:
 
     def _own_logits(self, batch: Batch) -> torch.Tensor:
         """[K, V] at the trained positions, from the whole model: for heads that we do not understand."""
-        logits = torch.cat([output.logits[0, -length:] for output, length in self._run(self.anatomy.whole, batch)])
+        logits = self._whole([output.logits[0, -length:] for output, length in self._run(self.anatomy.whole, batch)], batch)
         return logits.index_select(0, batch.rows)
+
+    def _whole(self, parts: list[torch.Tensor], batch: Batch) -> torch.Tensor:
+        """[T, ...] of the segments' parts, or of the ranks'."""
+        return torch.cat(parts) if self._context is None else self._context.gather(parts[0], batch.doc_ends[-1])
 
     def _patch(self) -> KernelReport:
         return patch(self.anatomy.whole, lambda: rehearse(self.anatomy, self._attention), half_type(self.anatomy.whole))

@@ -2,7 +2,7 @@
 
     Objective(policy, batch) -> Loss(sum, metrics)
 
-The engine alone divides: `sum x world_size / step_weight`, so gradient accumulation and data parallelism are exact for every objective.
+The engine alone divides: `sum x ranks / step_weight`, so gradient accumulation and data parallelism are exact for every objective.
 Objectives see the model only through the `Policy` protocol and can be tested with ten numbers and a fake policy.
 """
 

@@ -11,7 +11,7 @@ temperature 1. The engine divides the sum by the sum of w over the whole step.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -27,6 +27,19 @@ class Headed(Protocol):
 
     def head_inputs(self, batch: Batch) -> HeadInputs:
         """Hidden states [K, H] at the batch's rows, and the head."""
+        ...
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """A model whose batches are on several ranks, which share the head's work (satisfied by `models.policy.Policy`)."""
+
+    def own_rows(self, batch: Batch) -> Batch:
+        """The batch with this rank's share of its predictions."""
+        ...
+
+    def total(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum over these ranks."""
         ...
 
 
@@ -89,14 +102,15 @@ class DistillObjective:
         Raises:
             ModelError: Student and teacher have different vocabularies.
         """
+        own = policy.own_rows(batch) if isinstance(policy, Shared) else batch
         with torch.no_grad():
-            teacher = self._teacher.head_inputs(batch)
-        student = policy.head_inputs(batch)
+            teacher = self._teacher.head_inputs(own)
+        student = policy.head_inputs(own)
         total, stats = weighted_divergence(
             student,
             teacher,
-            batch.targets,
-            batch.token_weights,
+            own.targets,
+            own.token_weights,
             kind=self.config.divergence,
             mix=self.config.mix,
             temperature=self.config.temperature,
@@ -104,15 +118,16 @@ class DistillObjective:
             vocabulary=common_vocabulary(student.vocabulary, teacher.vocabulary, self._tokens),
         )
         count = float(batch.targets.shape[0])
-        return Loss(
-            total,
-            {
-                "nll": (-(batch.token_weights * stats.logprobs).sum(), batch.weight),
-                "divergence": ((batch.token_weights * stats.divergence).sum(), batch.weight),
-                "accuracy": (stats.correct.sum(), count),
-                "agreement": (stats.agree.sum(), count),
-            },
-        )
+        found = {
+            "nll": (-(own.token_weights * stats.logprobs).sum(), batch.weight),
+            "divergence": ((own.token_weights * stats.divergence).sum(), batch.weight),
+            "accuracy": (stats.correct.sum(), count),
+            "agreement": (stats.agree.sum(), count),
+        }
+        if not isinstance(policy, Shared):
+            return Loss(total, found)
+        total, *sums = policy.total(torch.stack([total, *(amount.to(total.dtype) for amount, _ in found.values())])).unbind()
+        return Loss(total, {name: (amount.detach(), of) for amount, (name, (_, of)) in zip(sums, found.items(), strict=True)})
 
 
 build = DistillObjective

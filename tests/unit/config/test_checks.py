@@ -55,6 +55,9 @@ Message = Callable[..., str]
         ("shards_can_be_trained", ["parallel=hsdp", "train.optimizer={in_backward: true}", "train.clip=null"], "updates weights before their gradients have met; set it to false"),
         ("shards_can_be_trained", ["parallel=fsdp", "train.compile=auto"], "train.compile is not tried there; leave it out"),
         ("shards_can_be_trained", ["parallel=fsdp", "train.offload_activations=true"], "train.offload_activations does not know them; leave it out"),
+        ("context_divides_processes", ["parallel={context: 3, processes: 4}"], "command line: parallel.context: 3 does not divide parallel.processes: 4; take one of 1, 2, 4"),
+        ("tokens_can_be_shared", ["parallel={context: 2, strategy: none}"], "parallel.strategy: none means one process, and parallel.context shares examples between several; leave one of them out"),
+        ("tokens_can_be_shared", ["parallel.context=2", "train.compile=auto"], "parallel.context exchanges tokens within layers, where train.compile is not tried; leave train.compile out"),
         ("shards_can_be_trained", ["parallel=fsdp", "adapter={init: pissa}"], "adapter.init: pissa takes a part out of whole weights; take another one"),
         ("rates_say_something", ["train.rates=[{match: lm_head}]"], "command line: train.rates: the group 'lm_head' of train.rates sets neither learning_rate nor weight_decay"),
         ("output_is_its_own", ["model=./model", "output=model"], "command line: output is also the model; a run needs a folder of its own"),
@@ -89,6 +92,8 @@ def test_contradictions(fault: Message, folder: Path, check: str, overrides: lis
         ["train.optimizer=adamw_schedule_free", "train.schedule={kind: constant, warmup: 0.1}"],
         ["parallel={strategy: hsdp, shards: 8, offload: true}", "train.optimizer=lion"],
         ["parallel={reshard: false}", "train.optimizer=muon"],
+        ["parallel={strategy: fsdp, context: 4, processes: 8}", "train.mlp_tile=256"],
+        ["parallel.context=2", "train.offload_activations=true", "train.optimizer=muon"],
     ],
 )
 def test_sensible_runs_pass(load: Load, overrides: list[str]) -> None:

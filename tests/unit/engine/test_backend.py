@@ -13,6 +13,8 @@ from burnish.config.sections import Parallel
 from burnish.core.errors import ConfigError, DependencyError, TrainingError
 from burnish.engine import backend as module
 from burnish.engine.backend import Backend, Trackers, resolve_precision
+from burnish.engine.backend_context import ContextGroup
+from burnish.engine.grid import Grid
 
 CPU = torch.device("cpu")
 
@@ -141,6 +143,14 @@ def test_groups_of_shards(monkeypatch: pytest.MonkeyPatch):
     assert several(monkeypatch, 8, strategy="ddp").shards == 1
 
 
+def test_ranks_that_share_micro_batches_count_once(monkeypatch: pytest.MonkeyPatch):
+    backend = several(monkeypatch, 4, context=2)
+    assert (backend.world_size, backend.data_world_size, backend.data_rank, backend.coupled) == (4, 2, 0, True)
+    monkeypatch.setattr(backend, "gather", lambda value: [{"loss": (float(rank // 2), 1.0)} for rank in range(4)])
+    assert backend.sums({"loss": (0.0, 1.0)}) == {"loss": (1.0, 2.0)}
+    assert several(monkeypatch, 4).coupled is False
+
+
 def test_one_process_needs_no_strategy(monkeypatch: pytest.MonkeyPatch):
     assert Backend(parallel=Parallel(strategy="fsdp"), cpu=True).strategy == "none"
     with pytest.raises(ConfigError, match="'none' means one process, found 2"):
@@ -233,6 +243,23 @@ def test_a_tracker_that_fails_does_not_end_the_run(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.count("the tracker 'wandb' failed and is switched off") == 1
 
 
+def _exchanged(rank: int) -> dict[str, object]:
+    """What two ranks that share tokens get from each other, and the gradients of their losses together."""
+    group = ContextGroup(Grid(rank, 2, context=2))
+    found: dict[str, object] = {"place": (group.rank, group.size)}
+    for name, sent, weights in (
+        ("exchange", torch.tensor([[1.0], [2.0]]) + 10 * rank, torch.tensor([[3.0], [5.0]]) * (rank + 1)),
+        ("gather", torch.tensor([1.0, 2.0]) + 10 * rank, torch.tensor([3.0, 5.0, 7.0, 9.0]) * (rank + 1)),
+    ):
+        for dtype in (torch.float64, torch.bfloat16):
+            leaf = sent.to(dtype).requires_grad_()
+            made = getattr(group, name)(leaf)
+            (made * weights.to(dtype)).sum().backward()
+            assert leaf.grad is not None and made.dtype == leaf.grad.dtype == dtype
+            found[f"{name} {dtype}"] = (made.tolist(), leaf.grad.tolist())
+    return found
+
+
 def _rank(rank: int, port: int, results: str) -> None:
     import os
 
@@ -253,6 +280,7 @@ def _rank(rank: int, port: int, results: str) -> None:
         "sums": backend.sums({"a": (1.0 + rank, 1.0), **({"b": (5.0, 2.0)} if rank else {})}),
         "any": backend.any(rank == 1),
         "main": backend.is_main,
+        **_exchanged(rank),
     }
     torch.save(found, f"{results}/{rank}")
     backend.barrier()
@@ -271,3 +299,13 @@ def test_two_processes_are_one_model(tmp_path: Path):
         assert found["sums"] == {"a": (3.0, 2.0), "b": (5.0, 2.0)}
         assert found["any"] is True
         assert found["main"] is (rank == 0)
+        assert found["place"] == (rank, 2)
+        for dtype in (torch.float64, torch.bfloat16):
+            # Piece s goes to rank s, so its gradient is what rank s has for the piece of this rank.
+            made, gradient = found[f"exchange {dtype}"]
+            assert made == [[1.0 + rank], [11.0 + rank]]
+            assert gradient == ([[3.0], [6.0]] if rank == 0 else [[5.0], [10.0]])
+            # Both ranks use every value, the second one with twice the weights.
+            made, gradient = found[f"gather {dtype}"]
+            assert made == [1.0, 2.0, 11.0, 12.0]
+            assert gradient == ([9.0, 15.0] if rank == 0 else [21.0, 27.0])

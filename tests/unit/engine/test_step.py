@@ -267,7 +267,7 @@ class Rank:
     """What `begin_step` asks of a backend."""
 
     device = torch.device("cpu")
-    sharded = False
+    coupled = False
 
     def __init__(self, meeting: Meeting, rank: int, world: int) -> None:
         self.meeting, self.rank, self.world_size = meeting, rank, world
