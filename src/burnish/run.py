@@ -324,15 +324,10 @@ class Run:
         preflight.look_at_lengths(self.policy.model, sets, self.config.data.max_length)
         if self._mismatched and not self.config.data.streaming:
             preflight.tell_lone_answer(len(self.data.train), self._batch_size)
+        preflight.look_at_disk(self.folder, self.policy, self.backend, self.config)
         info(preflight.announcement(self.policy, self.backend, self.total_steps))
-        info(self.policy.kernels.line())
-        if self.config.model.kernels != "off" and (slower := preflight.without_c(self.backend.device)):
-            info(slower)
-        info(self._activations)
-        if self._compiled:
-            info(self._compiled)
-        if (optimizer := self.config.train.optimizer.kind).endswith("schedule_free"):
-            info(f"{optimizer}: the rate stays constant after the warm-up, whatever train.schedule says; the weights are averaged instead")
+        for line in filter(None, (*preflight.notes(self.policy, self.backend, self.config), self._activations, self._compiled)):
+            info(line)
         # Before the run folder is made: a tracker without its key is wrong input, which leaves nothing behind.
         job.trackers = self.backend.trackers(self.config.track, name=self.folder.name, folder=self.folder, config=resolved(self.config))
         self.open()

@@ -126,6 +126,36 @@ def test_a_tracker_that_cannot_start_leaves_no_run_folder(train: Train, monkeypa
     assert not Path("runs").exists()
 
 
+def test_a_disk_that_holds_no_checkpoint_is_found_before_the_first_step(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("burnish.engine.preflight.free_bytes", lambda folder: 5_000)
+    code, said = train("adapter=null")
+    assert code == 1 and "runs/one: a checkpoint of 0 MB and a model of 0 MB are to be written, and 0 MB are free" in said
+    assert not Path("runs").exists()
+    assert train("adapter=null", "save={every: null, best: false}")[0] == 1  # the model alone does not fit either
+
+
+def test_a_disk_that_will_be_full_is_said(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.from_file("run.yaml", "adapter=null")
+    weights = sum(p.nbytes for p in run.policy.model.parameters())
+    monkeypatch.setattr("burnish.engine.preflight.free_bytes", lambda folder: 8 * weights)
+    code, said = train("adapter=null", "save.keep=9")
+    assert code == 0 and "lower save.keep, or make room" in " ".join(said.split())
+    monkeypatch.setattr("burnish.engine.preflight.free_bytes", lambda folder: None)  # the file system does not tell
+    assert train("adapter=null", "output=runs/two")[0] == 0
+
+
+def test_a_disk_that_is_full_at_the_tokenizer_is_no_traceback(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+        code, said = train()
+    assert code == 1 and "the model cannot be written: No space left on device (os error 28)" in " ".join(said.split())
+    assert not Path("runs/one/model").exists()
+    assert train()[0] == 0 and Path("runs/one/model").is_dir()
+
+
 class TestInterrupted:
     def test_it_leaves_a_report_that_says_so(self, run_file: Path) -> None:
         with pytest.raises(Interrupted, match="after step 2 of 3"):

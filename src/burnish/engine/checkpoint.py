@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from burnish.core.errors import CheckpointError, StorageError
 from burnish.core.log import warn
+from burnish.core.storage import flush, free_bytes
 
 __all__ = [
     "Checkpoint",
@@ -103,17 +103,15 @@ def save(root: Path, checkpoint: Checkpoint, *, parts: Parts | None = None) -> P
         files = {path.name: known.get(path.name) or _fingerprint(path) for path in sorted(unfinished.iterdir())}
         _write_json(unfinished / "manifest.json", _sealed({"format": FORMAT, "step": checkpoint.step, "files": files}))
         for path in (*unfinished.iterdir(), unfinished):
-            _flush(path)
+            flush(path)
         if target.exists():  # the same step again, after a resume from an older one: it steps aside, to come back after a crash
             target.rename(root / f"{_REPLACED}{target.name}")
         unfinished.rename(target)
-        _flush(root)
+        flush(root)
         _clear_leftovers(root)
     except FAILURES as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise StorageError(
-            f"{target} could not be written: {error}", hint="earlier checkpoints are untouched; free some space and run the command again"
-        ) from error
+        raise StorageError(f"{target} could not be written: {error}", hint=_what_is_left(root)) from error
     return target
 
 
@@ -141,7 +139,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     """
     _need_space(path.parent, [tensors])
     save_file(_plain(tensors), path, metadata={"format": "pt"})
-    _flush(path)
+    flush(path)
     return _fingerprint(path)
 
 
@@ -315,10 +313,17 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return plain
 
 
+def _what_is_left(root: Path) -> str:
+    """What to do after a failed save, by what there is to go on from."""
+    there = folders(root) if root.is_dir() else []
+    left = f"the newest checkpoint is that of step {step_of(there[-1]):,}" if there else "there is no checkpoint yet"
+    return f"{left}; free some space and run the command again"
+
+
 def _need_space(root: Path, groups: Iterable[Mapping[str, torch.Tensor]]) -> None:
     need = sum(tensor.nbytes for group in groups for tensor in group.values()) + (1 << 20)
-    free = shutil.disk_usage(root).free
-    if free < need:
+    free = free_bytes(root)
+    if free is not None and free < need:
         raise OSError(f"it needs {need / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
 
 
@@ -353,11 +358,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -35,8 +35,8 @@ from typing import Any, Literal
 
 from burnish.config.base import Duration
 from burnish.config.sections import Evaluation, Recovery, Save, Train
-from burnish.core.errors import CheckpointError, ConfigError, Elsewhere, Interrupted, StorageError, TrainingError, Where
-from burnish.core.log import info, warn
+from burnish.core.errors import CheckpointError, Elsewhere, Interrupted, StorageError, TrainingError
+from burnish.core.log import counted, info, warn
 from burnish.data.types import Batch, Source
 from burnish.engine import checkpoint, resume, shards
 from burnish.engine.backend import Backend, Trackers
@@ -48,7 +48,7 @@ from burnish.engine.memory import Memory
 from burnish.engine.metrics import MetricsLog, step_line
 from burnish.engine.optim import use_final_weights
 from burnish.engine.progress import TrainingProgress
-from burnish.engine.schedule import effective, learning_rate, total_steps
+from burnish.engine.schedule import due, effective, learning_rate, total_steps
 from burnish.engine.step import Stepper, StepResult, begin_step
 from burnish.engine.writer import Writer
 from burnish.objectives.base import Objective
@@ -187,24 +187,6 @@ def length_of(source: Source, train: Train) -> int:
     return total_steps(train, steps_per_epoch=_steps_per_epoch(source), tokens_per_step=_tokens_per_step(source))
 
 
-def due(every: Duration | None, step: int, *, steps_per_epoch: float | None, tokens_per_step: float, key: str) -> bool:
-    """Whether something that happens `every` so often happens after `step`: a multiple of `every` lies in the step just done.
-
-    So `0.5ep` of a 3-step epoch is due after steps 2, 3, 5, 6: each time as early as whole steps allow, without drifting.
-
-    Raises:
-        ConfigError: `every` counts epochs and nobody knows how long one is; `key` names the setting.
-    """
-    if every is None:
-        return False
-    if every.unit == "ep" and steps_per_epoch is None:
-        raise ConfigError(
-            f"the length of streamed data is not known, so '{every}' never comes", where=Where(field=key), hint="write it in st or tok"
-        )
-    period = every.value * {"st": 1.0, "ep": steps_per_epoch or math.inf, "tok": 1.0 / tokens_per_step}[every.unit]
-    return math.floor(step / period + 1e-9) > math.floor((step - 1) / period + 1e-9)
-
-
 class _Run:
     """What happens around the steps of one run."""
 
@@ -231,7 +213,8 @@ class _Run:
         self.writer = writer
         self.events = Callbacks(job.callbacks)
         self.last_evaluation: dict[str, float] | None = None
-        self._saved_step = saved_step
+        self._saved_step = saved_step  # when the last save began
+        self._safe_step = saved_step or 0  # of the last one that is on the disk
         self._save_error: StorageError | None = None  # of the newest checkpoint that was tried
 
     def note(self, result: StepResult, *, seconds: float) -> None:
@@ -347,10 +330,12 @@ class _Run:
         for written in self.writer.finished():
             self._save_error = written.error
             if written.error is None:
+                self._safe_step = written.step
                 self.events.on_save(self.state, written.folder)
                 continue
             if not self.state.finished:
-                warn(f"{written.error}; training goes on, and the next checkpoint is tried when it is due")
+                unsafe = counted(self.state.step - self._safe_step, "step")
+                warn(f"{written.error}; training goes on, and the next checkpoint is tried when it is due ({unsafe} in none so far)")
 
     def answer(self) -> None:
         """Does what the outside asks for, of any rank: saves, or saves and raises Interrupted."""
@@ -408,17 +393,22 @@ class _Run:
         elif job.save.best:
             self._all_written()
         if job.save.best and state.best_saved is not None and state.best_saved != state.step:
-            self._take_best(checkpoint.folder_of(job.checkpoints, state.best_saved))
+            self._take_best(state.best_saved)
         use_final_weights(job.optimizer)
         self.events.on_train_end(state)
 
-    def _take_best(self, folder: Path) -> None:
+    def _take_best(self, step: int) -> None:
+        folder, older = checkpoint.folder_of(self.job.checkpoints, step), self.writer.best
+        if older is not None and not folder.is_dir():
+            warn(f"{folder}, where the eval loss was lowest, could not be written; before that it was lowest at step {older:,}")
+            folder = checkpoint.folder_of(self.job.checkpoints, older)
         try:
             found = self._take(folder)
         except CheckpointError as error:  # weeks of training are not lost over it
             warn(f"{error}; the eval loss was lowest there, and the weights are those of the last step instead")
             return
-        info(f"the weights are those of step {found.step}, where the eval loss was lowest ({self.state.best_loss:.4f})")
+        lowest = f" ({self.state.best_loss:.4f})" if found.step == step else " of those that are saved"
+        info(f"the weights are those of step {found.step}, where the eval loss was lowest{lowest}")
 
     def _take(self, folder: Path) -> Checkpoint:
         found = shards.load(folder, self.job.backend.layout)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from burnish.core.errors import ConfigError, Where
+from burnish.config.run import RunConfig
+from burnish.core.errors import ConfigError, StorageError, Where
 from burnish.core.log import counted, warn
+from burnish.core.storage import free_bytes
 from burnish.data.cache import Examples
+from burnish.engine import checkpoint
 from burnish.engine.backend import Backend
 from burnish.engine.progress import short
 from burnish.kernels import native
@@ -58,6 +62,58 @@ def tell_lone_answer(examples: int, batch_size: int | None) -> None:
     if batch_size and examples > 1 and (batch_size == 1 or examples % batch_size == 1):
         last = "every step" if batch_size == 1 else "the last step of an epoch"
         warn(f"{last} holds one answer, and KTO's baseline is 0 there: it is estimated from the other answers of the step")
+
+
+_STATE = {"adamw": 8, "paged_adamw": 8, "adamw_schedule_free": 8, "lion": 4, "muon": 4, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+"""Bytes of state for each trained number, at least."""
+
+
+def look_at_disk(folder: Path, policy: Policy, backend: Backend, config: RunConfig) -> None:
+    """Compares the room for the run folder with what will be written there: by a lower bound, on the rank that writes.
+
+    Raises:
+        StorageError: there is no room for the model and, where any are written, one checkpoint. Nothing has been written by then.
+    """
+    free = free_bytes(folder) if backend.is_main else None
+    if free is None:
+        return
+    parts = {name: math.prod(part.shape) for name, part in backend.layout.items()}
+    trained = {name: (parts.get(name, p.numel()), p.element_size()) for name, p in policy.trainable().items()}
+    weights = sum(count * size for count, size in trained.values())
+    copies = 2 if policy.kept_reference else 1
+    one = copies * weights + sum(count for count, _ in trained.values()) * _STATE.get(config.train.optimizer.kind, 0)
+    model = weights if config.adapter is not None else sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    saves = config.save.every is not None or (config.save.best and config.data.eval is not None)
+    least = model + (one if saves else 0)
+    if free < least:
+        a_checkpoint = f"a checkpoint of {_megabytes(one)} and " if saves else ""
+        raise StorageError(
+            f"{a_checkpoint}a model of {_megabytes(model)} are to be written, and {_megabytes(free)} are free",
+            where=Where(file=str(folder)),
+            hint="make room, or choose another output folder",
+        )
+    there = len(checkpoint.folders(folder / "checkpoints"))
+    kept = config.save.keep + (1 if config.save.best and config.data.eval is not None else 0)
+    most = model + one * max(1, kept + 1 - there)  # an old one goes when the new one is there
+    if saves and free < most:
+        warn(
+            f"{counted(kept, 'checkpoint')} of {_megabytes(one)}, one more while it is written, and a model of {_megabytes(model)} will be "
+            f"in {folder}, and {_megabytes(free)} are free: lower save.keep, or make room"
+        )
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def notes(policy: Policy, backend: Backend, config: RunConfig) -> list[str]:
+    """What else is to be known, a line each."""
+    lines = [policy.kernels.line()]
+    if config.model.kernels != "off" and (slower := without_c(backend.device)):
+        lines.append(slower)
+    if (kind := config.train.optimizer.kind).endswith("schedule_free"):
+        lines.append(f"{kind}: the rate stays constant after the warm-up, whatever train.schedule says; the weights are averaged instead")
+    return lines
 
 
 def announcement(policy: Policy, backend: Backend, steps: int) -> str:

@@ -15,7 +15,7 @@ from burnish.config.base import Duration
 from burnish.config.sections import Schedule, Train
 from burnish.core.errors import ConfigError, Where
 
-__all__ = ["effective", "learning_rate", "total_steps", "warmup_steps"]
+__all__ = ["due", "effective", "learning_rate", "total_steps", "warmup_steps"]
 
 
 def learning_rate(
@@ -90,3 +90,21 @@ _DECAYS: dict[str, Callable[[float, Schedule], float]] = {
     "polynomial": lambda progress, schedule: (1.0 - progress) ** schedule.power,
     "wsd": _wsd,
 }
+
+
+def due(every: Duration | None, step: int, *, steps_per_epoch: float | None, tokens_per_step: float, key: str) -> bool:
+    """Whether something that happens `every` so often happens after `step`: a multiple of `every` lies in the step just done.
+
+    So `0.5ep` of a 3-step epoch is due after steps 2, 3, 5, 6: each time as early as whole steps allow, without drifting.
+
+    Raises:
+        ConfigError: `every` counts epochs and nobody knows how long one is; `key` names the setting.
+    """
+    if every is None:
+        return False
+    if every.unit == "ep" and steps_per_epoch is None:
+        raise ConfigError(
+            f"the length of streamed data is not known, so '{every}' never comes", where=Where(field=key), hint="write it in st or tok"
+        )
+    period = every.value * {"st": 1.0, "ep": steps_per_epoch or math.inf, "tok": 1.0 / tokens_per_step}[every.unit]
+    return math.floor(step / period + 1e-9) > math.floor((step - 1) / period + 1e-9)

@@ -11,7 +11,6 @@ the older checkpoints stay, and the next save tries again.
 from __future__ import annotations
 
 import errno
-import re
 import threading
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import torch
 
 from burnish.core.errors import StorageError
 from burnish.core.log import warn
+from burnish.core.storage import error_number
 from burnish.engine import checkpoint, shards
 from burnish.engine.backend_fsdp import Sharding
 from burnish.engine.checkpoint import Checkpoint, flatten, unflatten
@@ -79,6 +79,8 @@ class Writer:
         self._sharding = sharding
         self._delays = delays if sharding is None else ()
         self._thread: threading.Thread | None = None
+        self.best: int | None = None
+        """Step of the best checkpoint that is written."""
         self._results: list[Written] = []
 
     def __enter__(self) -> Writer:
@@ -128,19 +130,17 @@ class Writer:
                 return
             break
         try:
+            if self.best is None or (best is not None and checkpoint.folder_of(self._root, best).is_dir()):
+                self.best = best  # one that could not be written does not take the place of an older one
             if self._prunes:
-                checkpoint.prune(self._root, keep=self._keep, best=best)
+                checkpoint.prune(self._root, keep=self._keep, best=self.best)
         except OSError as error:  # the new one is there; that an old one stays harms nobody
             warn(f"an old checkpoint in {self._root} could not be deleted: {error}")
         self._results.append(Written(content.step, target))
 
 
 def _is_passing(error: StorageError) -> bool:
-    cause = error.__cause__
-    number = cause.errno if isinstance(cause, OSError) else None
-    if number is None and (found := re.search(r"os error (\d+)", str(cause))):  # as safetensors says it
-        number = int(found[1])
-    return number in _PASSING
+    return error_number(error.__cause__) in _PASSING
 
 
 def _size(content: Checkpoint) -> int:

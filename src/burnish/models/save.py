@@ -9,7 +9,6 @@ The folder appears complete or not at all: it is written beside its place and re
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from burnish.core.errors import StorageError, Where
+from burnish.core.storage import error_number, flush
 from burnish.models import adapters
 from burnish.models.quiet import quiet
 from burnish.models.score import as_classifier, judged_by, padding_of
@@ -101,25 +101,21 @@ def _replacing(folder: Path) -> Generator[Path]:
         fresh.mkdir(parents=True)
         yield fresh
         for path in (*fresh.rglob("*"), fresh):
-            _flush(path)
+            flush(path)
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
-        _flush(folder.parent)
-    except (OSError, SafetensorError) as error:
+        flush(folder.parent)
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and error_number(error) is None:
+            raise
         if old.exists() and not folder.exists():
             old.rename(folder)
         raise StorageError(
-            f"the model cannot be written: {error}", where=Where(file=str(folder)), hint="free some space and run the command again"
+            f"the model cannot be written: {error}",
+            where=Where(file=str(folder)),
+            hint="free some space and run the command again; an older model of that name is as it was",
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

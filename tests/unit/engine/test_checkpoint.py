@@ -112,7 +112,7 @@ def test_old_checkpoints_go_the_best_and_the_newest_stay(tmp_path: Path, keep: i
     assert len(list(tmp_path.iterdir())) == len(left)
 
 
-@pytest.mark.parametrize("call", ["save_file", "_write_json", "_flush", "_fingerprint"])
+@pytest.mark.parametrize("call", ["save_file", "_write_json", "flush", "_fingerprint"])
 def test_a_failing_write_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str):
     good = save(tmp_path, example(1))
 

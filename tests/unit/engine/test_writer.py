@@ -139,3 +139,34 @@ def test_whatever_goes_wrong_in_the_thread_is_heard_of(tmp_path: Path, monkeypat
         writer.wait()
         (written,) = writer.finished()
     assert written.error is not None and "step-000001 could not be written: can't allocate memory" in str(written.error)
+
+
+def test_a_best_one_that_cannot_be_written_does_not_take_an_older_one_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpoint.save
+
+    def full(root: Path, saved: Checkpoint) -> Path:
+        if saved.step == 3:
+            raise StorageError("full")
+        return real(root, saved)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with Writer(tmp_path, keep=1) as writer:
+        for step, best in ((1, 1), (2, 1), (3, 3), (4, 3), (5, 3)):
+            writer.write(content(step), best=best)
+        writer.wait()
+        assert writer.best == 1 and steps(tmp_path) == [1, 5]
+        writer.write(content(6), best=6)
+        writer.wait()
+        assert writer.best == 6 and steps(tmp_path) == [6]
+
+
+def test_a_failed_save_says_what_there_is_to_go_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hint(step: int) -> str:
+        with pytest.raises(StorageError) as caught, monkeypatch.context() as patched:
+            patched.setattr(checkpoint, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+            checkpoint.save(tmp_path, content(step))
+        return caught.value.hint or ""
+
+    assert hint(1).startswith("there is no checkpoint yet;")
+    checkpoint.save(tmp_path, content(2))
+    assert hint(3).startswith("the newest checkpoint is that of step 2;")
