@@ -174,6 +174,7 @@ class Run:
                 base=self.base,
                 kind=self.kind,
                 mismatched=self._mismatched,
+                processes=self.backend.world_size,
                 **device,
             )
         return Loader(

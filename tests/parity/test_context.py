@@ -20,6 +20,7 @@ from burnish.data.tree import grow
 from burnish.data.types import Example
 from burnish.kernels.attention import Forest
 from burnish.models.context import Context
+from burnish.models.offload import storages
 from burnish.models.policy import Policy
 from burnish.models.score import attach_score
 from burnish.objectives.distill import DistillObjective
@@ -220,6 +221,32 @@ def test_every_rank_has_the_statistics_of_all(want, capsys):
             assert mine.dtype == truth.dtype
             torch.testing.assert_close(mine, truth, rtol=1e-6, atol=1e-6)
         assert stats.entropy is None or want
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_is_kept_for_the_backward_pass_is_shared(size, capsys):
+    model, (batch,) = build("qwen3", max_position_embeddings=512), batches(examples((400,)), 1)
+
+    def kept(policy):
+        weights, found = storages(policy.model), {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            policy.hidden(batch)
+        return sum(size for size, _ in found.values())
+
+    def one(group):
+        policy = policy_of(model)
+        policy.share_context(group)
+        return kept(policy)
+
+    alone = kept(policy_of(model))
+    assert all(found < 1.15 * alone / size for found in together(size, one))
 
 
 def test_scores_and_the_gradient_of_their_head(capsys):

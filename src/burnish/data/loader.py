@@ -83,8 +83,8 @@ class Loader:
         packing: `off` computes examples one by one.
         shuffle: A new order every epoch; otherwise the order of the data.
         seed: Decides the orders.
-        rank: This process.
-        world_size: Number of processes.
+        rank: Which of the ranks with examples of their own this is.
+        world_size: How many these are.
         mismatched: Give each judged answer that of another example of the step beside it (see `tree.with_mismatched`).
 
     Raises:

@@ -63,8 +63,9 @@ class StreamLoader:
         batch_tokens: Most tokens per step over all ranks; a step takes examples as long as they fit, and one at least.
         micro_batch_tokens: Most tokens computed at once on one rank.
         seed: Decides the mixing of sources and the shuffling.
-        rank: This process.
-        world_size: Number of processes.
+        rank: Which of the ranks with examples of their own this is.
+        world_size: How many these are.
+        processes: All that read the stream on this machine, which share its cores; as many as `world_size` if left out.
         buffer: Examples that the shuffle chooses from.
         base: The run file's folder, for formats in files of the user's own.
         kind: What the objective compares.
@@ -82,6 +83,7 @@ class StreamLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        processes: int | None = None,
         buffer: int = BUFFER,
         base: Path = Path(),
         kind: BatchKind = "tokens",
@@ -100,7 +102,7 @@ class StreamLoader:
         self._rank = rank
         self._world_size = world_size
         self._buffer_size = buffer if data.shuffle else 1
-        self._workers = max(1, min(_MOST_WORKERS, cores() // world_size)) if data.workers == "auto" else data.workers
+        self._workers = max(1, min(_MOST_WORKERS, cores() // (processes or world_size))) if data.workers == "auto" else data.workers
         self.account = self._opened.account()
         """Of the first pass; it grows as rows are read."""
         self.last_step = StepInfo()

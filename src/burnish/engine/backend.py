@@ -68,7 +68,8 @@ class Backend:
         # What the launcher promised. On CPUs accelerate forms a group only when told that CPUs are meant.
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         # A rank may rightly wait for long, while another one saves; who hangs is found by engine/watchdog.py, not by this time-out.
-        patience = {"timeout": timedelta(seconds=4 * timeout + 60)} if asked > 1 else {}
+        self._patience = timedelta(seconds=4 * timeout + 60)
+        patience = {"timeout": self._patience} if asked > 1 else {}
         state = PartialState(cpu=cpu or not _has_accelerator(), **patience)
         self.device = torch.device(state.device or "cpu")
         self.rank: int = state.process_index
@@ -213,7 +214,7 @@ class Backend:
         """
         if self.grid.context == 1:
             return
-        self._context = self._context or ContextGroup(self.grid)
+        self._context = self._context or ContextGroup(self.grid, self._patience)
         policy.share_context(self._context, verify=verify)
 
     def shard(self, policy: Any) -> None:

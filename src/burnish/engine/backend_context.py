@@ -8,6 +8,7 @@ Both gradients are those of the sum of all ranks' losses (`engine.grid` says wha
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,15 +25,19 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 class ContextGroup:
     """The ranks that share this rank's micro-batches. All ranks of the run must make theirs at the same time.
 
+    Args:
+        grid: How the ranks are laid out.
+        timeout: After which a collective gives up.
+
     Attributes:
         rank: This rank's place, which is that of its tokens.
         size: How many they are.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, timeout: timedelta | None = None) -> None:
         self.rank, self.size = grid.context_rank, grid.context
         # Every rank takes part in making every group.
-        self._group: Any = {tuple(ranks): dist.new_group(ranks) for ranks in grid.context_groups}[_mine(grid)]
+        self._group: Any = {tuple(ranks): dist.new_group(ranks, timeout=timeout) for ranks in grid.context_groups}[_mine(grid)]
 
     def exchange(self, pieces: torch.Tensor) -> torch.Tensor:
         """[N, ...], piece s for rank s -> [N, ...], piece s from rank s. Differentiable."""

@@ -10,6 +10,7 @@ from torch import nn
 from burnish.core.errors import ConfigError
 from burnish.engine import preflight
 from burnish.engine.backend import Backend
+from burnish.engine.grid import Grid
 from burnish.kernels import native
 
 
@@ -45,6 +46,13 @@ def test_the_announcement_counts_trained_and_frozen_weights() -> None:
     model[0].requires_grad_(False)
     said = preflight.announcement(Trained(model), Backend(precision="float32"), 1500)  # pyright: ignore[reportArgumentType]
     assert said == "training 1k of 2k parameters (50.00%) for 1,500 steps on cpu, in float32"
+
+
+def test_the_announcement_says_who_shares_tokens() -> None:
+    backend = Backend(precision="float32")
+    backend.world_size, backend.strategy, backend.grid = 8, "ddp", Grid(0, 8, context=4)
+    said = preflight.announcement(Trained(nn.Linear(10, 10)), backend, 1)  # pyright: ignore[reportArgumentType]
+    assert said.endswith("on 8 x cpu, in float32, ddp, every 4 share the tokens of a micro-batch")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

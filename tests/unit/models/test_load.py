@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from burnish.config.sections import Model
 from burnish.core.errors import ConfigError, DependencyError, ModelError
 from burnish.models import load as module
-from burnish.models.load import fit_vocabulary, load_model
+from burnish.models.load import attention_heads, fit_vocabulary, load_model
 from burnish.models.tokenizer import load_tokenizer
 
 from .conftest import FAMILIES, build
@@ -215,3 +215,24 @@ class TestQuantised:
         with pytest.raises(DependencyError, match="needs the package 'bitsandbytes'") as caught:
             load(tiny_model, quantize="int8")
         assert caught.value.hint == "pip install 'burnish[quant]'"
+
+
+def test_heads_that_devices_cannot_share_are_refused_before_weights_are_loaded(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from burnish.build import settle_strategy
+    from burnish.config.load import parse_run
+    from burnish.engine.backend import Backend
+    from burnish.engine.grid import Grid
+
+    assert attention_heads(Model(path=str(tiny_model))) == 4
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    run = parse_run({"model": str(tiny_model), "data": {"train": "rows.jsonl"}, "parallel": {"context": 3}}, base=tmp_path).config
+    backend = Backend(precision="float32", cpu=True)
+    backend.world_size, backend.grid = 6, Grid(0, 6, context=3)
+    monkeypatch.setattr(backend, "gather", lambda value: [value] * 6)
+    with pytest.raises(ConfigError, match="4 attention heads, which 3 devices cannot share") as caught:
+        settle_strategy(run, backend)
+    assert "1, 2, 4" in str(caught.value.hint)
+    backend.grid = Grid(0, 6, context=2)
+    settle_strategy(run, backend)
