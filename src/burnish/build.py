@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from burnish.config.checks import unshardable
+from burnish.config.checks_parallel import unshardable
 from burnish.config.objectives import Distill, Plugin
 from burnish.config.run import RunConfig
 from burnish.config.sections import Adapter, Model, Train

@@ -14,7 +14,7 @@ from burnish.config.load import examine, raise_faults
 from burnish.config.places import REDACTED, redact
 from burnish.config.run import RunConfig
 from burnish.config.schema import run_schema
-from burnish.config.sections import Data, Source, Train
+from burnish.config.sections import Data, Parallel, Recovery, Source, Train
 from burnish.core.errors import ConfigError
 
 
@@ -62,7 +62,10 @@ def summary(config: RunConfig) -> dict[str, str]:
         "objective": config.objective.kind,
         "length": f"{_length(config.train)}, {_step(config.train)} a step",
         "optimizer": f"{config.train.optimizer.kind}, learning rate {config.train.learning_rate:g}, {_schedule(config.train)}",
-        "output": _short(config.output),
+        "saves": _saves(config),
+        "recovery": _recovery(config.recovery),
+        "parallel": _parallel(config.parallel),
+        "output": _short(config.output) + (f", resume: {config.resume}" if config.resume != "auto" else ""),
     }
 
 
@@ -143,6 +146,26 @@ def _schedule(train: Train) -> str:
     if train.optimizer.kind.endswith("schedule_free"):
         return "constant after the warm-up: it averages the weights instead of lowering the rate"
     return f"{train.schedule.kind} schedule"
+
+
+def _saves(config: RunConfig) -> str:
+    save = config.save
+    best = "the best by eval loss and " if save.best and config.data.eval is not None else ""
+    if save.every is None:
+        return f"{best.removesuffix(' and ') or 'no checkpoint'} before the end"
+    forever = f", and one every {save.keep_every} for ever" if save.keep_every is not None else ""
+    return f"every {save.every}; {best}the newest {save.keep} stay{forever}"
+
+
+def _recovery(recovery: Recovery) -> str:
+    spike = recovery.spike
+    spikes = "spikes are not looked for" if spike is None else f"spikes beyond {spike.sigma:g} sigma: {spike.action}"
+    return f"not finite: {recovery.non_finite}; {spikes}; out of memory: {recovery.out_of_memory}"
+
+
+def _parallel(parallel: Parallel) -> str:
+    processes = "one for each accelerator" if parallel.processes == "auto" else f"processes: {parallel.processes}"
+    return f"{parallel.strategy}, {processes}, {_count(parallel.restarts, 'restart')}, {parallel.timeout:g} s of patience"
 
 
 def _count(number: float, noun: str) -> str:

@@ -5,14 +5,20 @@ Nothing but text is made here, so none of the three needs to be installed.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from burnish.cli.parts import needed_by
 from burnish.config.load import load_run
 from burnish.core.errors import BurnishError, did_you_mean
 from burnish.core.log import info
+from burnish.core.storage import write_new
+
+_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,7 @@ class Job:
     processes: int  # of each machine
     restarts: int
     folder: str  # the run folder
+    extras: tuple[str, ...] = ()  # of burnish, that the run needs
 
     @property
     def command(self) -> str:
@@ -47,26 +54,33 @@ def main(
     """
     if kind not in KINDS:
         raise BurnishError(f"unknown kind '{kind}'; {did_you_mean(kind, KINDS)}")
+    if not _TIME.fullmatch(time):
+        raise BurnishError(
+            f"--time: expected minutes, hours:minutes:seconds or days-hours:minutes:seconds as Slurm reads them, found '{time}'"
+        )
+    if not _NAME.fullmatch(gpu):
+        raise BurnishError(f"--gpu: expected a name like H100 or A100-80GB, found '{gpu}'")
     config = load_run(file, overrides).config
     processes = gpus or (1 if config.parallel.processes == "auto" else config.parallel.processes)
     name = "".join(letter if letter.isalnum() else "-" for letter in Path(config.output).name).strip("-") or "run"
-    job = Job(file, overrides, nodes, gpus, gpu, time, name, processes, config.parallel.restarts, config.output)
+    extras = tuple(part.extra for part in needed_by(config))
+    job = Job(file, overrides, nodes, gpus, gpu, time, name, processes, config.parallel.restarts, config.output, extras)
     write, start = KINDS[kind]
     text = write(job)
     if output is None:
         print(text, end="")
         return
-    if output.exists():
-        raise BurnishError(f"{output} exists already, and is left as it is", hint="give another file to -o")
-    output.write_text(text, encoding="utf-8")
+    write_new(output, text)
     info(f"{output} is written; start it with: {start} {output}")
 
 
 def slurm(job: Job) -> str:
     """A batch script. Each task is a rank, so signals and exit codes pass through `srun` as they are."""
     gpus = f"#SBATCH --gpus-per-node={job.gpus}\n" if job.gpus else ""
+    restarts = "\n# parallel.restarts is not followed here: when a rank has died, `scontrol requeue` or sbatch starts it again."
+    restarts = restarts if job.restarts else ""
     return f"""#!/bin/bash
-# {job.nodes} x {job.processes} processes. Lines that your cluster wants (--partition, --account, --cpus-per-task) go here.
+# {job.nodes} x {job.processes} processes. Lines that your cluster wants (--partition, --account, --cpus-per-task) go here.{restarts}
 #SBATCH --job-name={job.name}
 #SBATCH --nodes={job.nodes}
 #SBATCH --ntasks-per-node={job.processes}
@@ -134,13 +148,15 @@ def sky(job: Job) -> str:
         raise BurnishError(f"{job.file} is not below {here}, which is what SkyPilot copies to the machines", hint="start from its folder")
     command = shlex.join(["train", str(job.file.resolve().relative_to(here)), *job.overrides])
     resources = f"accelerators: {{{job.gpu}: {job.gpus}}}" if job.gpus else "cpus: 8+"
-    return f"""# {job.nodes} x {job.processes} processes. On spot machines (sky jobs launch) the run folder belongs on a mounted bucket.
+    package = f"'burnish[{','.join(job.extras)}]'" if job.extras else "burnish"
+    shared = f"\n# All machines must see {job.folder}, data and model under the same paths: mount a bucket." if job.nodes > 1 else ""
+    return f"""# {job.nodes} x {job.processes} processes. On spot machines (sky jobs launch) the run folder belongs on a bucket.{shared}
 name: burnish-{job.name.lower()}
 num_nodes: {job.nodes}
 resources:
   {resources}
 workdir: .
-setup: pip install burnish
+setup: pip install {package}
 run: |
   torchrun --nnodes="$SKYPILOT_NUM_NODES" --node-rank="$SKYPILOT_NODE_RANK" --nproc-per-node={job.processes} \\
     --master-addr="$(echo "$SKYPILOT_NODE_IPS" | head -n 1)" --master-port=29500 \\

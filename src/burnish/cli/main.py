@@ -29,6 +29,20 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        print(f"burnish {metadata.version('burnish')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None: ...
+
+
 @app.command()
 def train(file: RunFile, overrides: Overrides = None) -> None:
     """Train as the run file says."""
@@ -140,6 +154,8 @@ def main() -> None:
     except _USAGE_ERROR as error:
         print(f"error: {_usage_sentence(error)}\nTry 'burnish --help', or 'burnish COMMAND --help'.", file=sys.stderr)
         sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):  # before a command has begun
+        sys.exit(130)
     except BurnishError as error:
         from burnish.core.log import print_error
 

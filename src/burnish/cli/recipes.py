@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from importlib.resources import files
 from pathlib import Path
 
 from burnish.cli.reference import reference
 from burnish.core.errors import BurnishError, ConfigError, did_you_mean
+from burnish.core.storage import write_new
 
 REFERENCE = "reference"
 _FOLDER = files("burnish.cli") / "recipes"
@@ -56,11 +56,5 @@ def _new(name: str | None, output: Path | None) -> None:
     if output is None:
         print(text, end="")
         return
-    if output.exists():
-        raise BurnishError(f"{output} exists already, and is left as it is", hint="give another file to -o")
-    if not output.parent.is_dir():
-        raise BurnishError(f"there is no folder {output.parent} to write {output.name} into")
-    part = output.with_name(f".{output.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, output)
+    write_new(output, text)
     print(f"wrote {output}: edit it, then burnish check {output} and burnish train {output}")

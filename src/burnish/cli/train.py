@@ -21,6 +21,7 @@ def main(file: Path, overrides: Sequence[str]) -> None:
     with Interruptible():
         loaded = load_run(file, overrides)
         config = loaded.config
+        launcher.tell_ignored(config.parallel)
         count = 1 if launcher.is_launched() else launcher.processes(config.parallel)
         if count == 1:
             _train(config, file.resolve().parent)

@@ -336,7 +336,7 @@ class Recovery(Strict):
     row the run stops, or with `rollback` goes back to the weights of the newest checkpoint. `stop` stops at the first."""
     patience: int = Field(default=5, ge=1)
     """Updates in a row that may be left out."""
-    spike: Spike | None = None
+    spike: Annotated[Spike, LongForm("action")] | None = None
     """What is a spike of the loss, and what to do about it; null looks for none."""
     rollbacks: int = Field(default=3, ge=0)
     """How often a run may go back before it stops."""

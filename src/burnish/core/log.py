@@ -15,7 +15,7 @@ from typing import Final
 from rich.console import Console
 from rich.text import Text
 
-from burnish.core.errors import BurnishError, ConfigError, DependencyError, Elsewhere
+from burnish.core.errors import BurnishError, ConfigError, DependencyError, Elsewhere, Interrupted
 
 
 class RankConsole(Console):
@@ -73,7 +73,8 @@ def print_error(error: BurnishError) -> None:
     """Prints an error's message, then its hint on a line of its own. No traceback: such an error is the input's fault."""
     if isinstance(error, Elsewhere) or (isinstance(error, _SAME_FOR_ALL) and not _heard()):
         return
-    prefix = f"[rank {console.rank}] error: " if console.rank else "error: "
+    kind = "" if isinstance(error, Interrupted) else "error: "  # who asks for the end has it
+    prefix = f"[rank {console.rank}] {kind}" if console.rank else kind
     with _aloud():
         console.print(Text.assemble((prefix, "bold red"), str(error)))
         if error.hint:

@@ -212,7 +212,8 @@ def newest(root: Path) -> Path | None:
             continue
         return folder
     if problems:
-        raise CheckpointError(f"no checkpoint in {root} is whole: {'; '.join(problems)}", hint="move the folder away to start anew")
+        all_of_them = f"the {len(problems)} there are damaged, the newest: " if len(problems) > 1 else ""
+        raise CheckpointError(f"no checkpoint in {root} is whole: {all_of_them}{problems[0]}", hint="move the folder away to start anew")
     return None
 
 

@@ -28,10 +28,10 @@ from typing import IO
 
 from burnish.config.sections import Parallel
 from burnish.core.errors import BurnishError, ConfigError, TrainingError, Where
-from burnish.core.log import LAUNCHER, info, notice, print_error
+from burnish.core.log import LAUNCHER, info, notice, print_error, warn
 from burnish.engine.rendezvous import Board, serve, verdict
 
-__all__ = ["adopt_slurm", "cause_first", "follow_launcher", "is_launched", "launch", "processes"]
+__all__ = ["adopt_slurm", "cause_first", "follow_launcher", "is_launched", "launch", "processes", "tell_ignored"]
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PATIENCE = {2: 20.0, 3: 300.0}
@@ -338,6 +338,14 @@ def _accelerators() -> int:
     import torch
 
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def tell_ignored(parallel: Parallel, environ: Mapping[str, str] = os.environ) -> None:
+    """Says which keys mean nothing where something else has started the processes: on the first of them."""
+    default = Parallel()
+    ignored = [key for key in ("processes", "restarts") if getattr(parallel, key) != getattr(default, key)]
+    if ignored and is_launched(environ) and LAUNCHER not in environ and environ["RANK"] == "0":
+        warn(f"{' and '.join(f'parallel.{key}' for key in ignored)} not followed: what started the processes decides")
 
 
 def follow_launcher(environ: Mapping[str, str] = os.environ) -> None:

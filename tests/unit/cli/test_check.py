@@ -208,3 +208,33 @@ def test_light_commands_import_nothing_heavy(tmp_path: Path, arguments: list[str
     )
     done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1] == "heavy:"
+
+
+def test_what_happens_when_something_goes_wrong_is_shown(run: Run) -> None:
+    code, said, _ = run(
+        "check",
+        "run.yaml",
+        "save.every=10st",
+        "recovery.spike=rollback",
+        "parallel={strategy: hsdp, shards: 2, processes: 4}",
+        "resume=force",
+    )
+    assert code == 0
+    found = {line[2:13].strip(): line[13:] for line in said.splitlines() if line.startswith("  ")}
+    assert found["saves"] == "every 10st; the newest 2 stay"
+    assert found["recovery"] == "not finite: skip; spikes beyond 6 sigma: rollback; out of memory: halve"
+    assert found["parallel"].startswith("hsdp, processes: 4, 0 restarts") and found["output"].endswith("resume: force")
+
+
+def test_the_version(run: Run) -> None:
+    code, said, _ = run("--version")
+    assert code == 0 and said.startswith("burnish ") and said.split()[1][0].isdigit()
+
+
+def test_ctrl_c_before_a_command_has_begun_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("burnish.cli.check.examine", interrupted)
+    code, said, wrong = run("check", "run.yaml")
+    assert code == 130 and said == "" and "Traceback" not in wrong

@@ -14,8 +14,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from burnish.cli.launch import KINDS, main
+from burnish.config.sections import Parallel
 from burnish.core.errors import BurnishError, ConfigError
-from burnish.engine.launcher import adopt_slurm
+from burnish.engine.launcher import adopt_slurm, tell_ignored
 
 RUN = "model: ./model\ndata: {train: rows.jsonl, max_length: 64, cache: ./cache}\ntrain: {batch_size: 4, steps: 2, precision: float32}\n"
 
@@ -170,3 +171,40 @@ def test_a_job_that_was_stopped_goes_back_into_the_queue(folder: Path, cluster: 
     done = subprocess.run(["bash", "job.sh"], env=cluster | {"FAIL": str(code)}, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == code
     assert (f"requeue {cluster['SLURM_JOB_ID']}" in (folder / "asked").read_text()) is requeued
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"time": "soon"}, "--time: expected minutes"),
+        ({"time": "1:2:3:4"}, "--time: expected minutes"),
+        ({"gpu": "H100; rm -rf"}, "--gpu: expected a name like H100"),
+        ({"output": Path("nowhere/job.sh")}, r"there is no folder nowhere to write job\.sh into"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_input_is_one_sentence(kind: str, options: dict[str, object], said: str) -> None:
+    settings = {"nodes": 1, "gpus": 1, "gpu": "A100-80GB", "time": "2-12:00", "output": None} | options
+    with pytest.raises(BurnishError, match=said):
+        main(kind, Path("run.yaml"), (), **settings)  # pyright: ignore[reportArgumentType]
+
+
+def test_sky_installs_what_the_run_needs_and_says_what_must_be_shared() -> None:
+    task = text("sky", "model.quantize=nf4", "adapter=lora", "track=[csv, wandb]")
+    assert YAML(typ="safe").load(task)["setup"] == "pip install 'burnish[quant,wandb]'"
+    assert "All machines must see" in task and "All machines must see" not in text("sky", nodes=1)
+    assert YAML(typ="safe").load(text("sky"))["setup"] == "pip install burnish"
+
+
+def test_slurm_says_that_it_does_not_count_restarts() -> None:
+    assert "parallel.restarts is not followed here" in text("slurm", "parallel.restarts=3")
+    assert "parallel.restarts" not in text("slurm")
+
+
+def test_keys_that_another_launcher_overrides_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = Parallel(processes=4, restarts=2)
+    tell_ignored(asked, {"RANK": "0", "WORLD_SIZE": "2"})
+    assert "parallel.processes and parallel.restarts not followed" in " ".join(capsys.readouterr().err.split())
+    for quiet, environ in ((asked, {"RANK": "1", "WORLD_SIZE": "2"}), (asked, {}), (Parallel(), {"RANK": "0", "WORLD_SIZE": "2"})):
+        tell_ignored(quiet, environ)
+    assert capsys.readouterr().err == ""

@@ -63,7 +63,8 @@ def test_errors_become_exit_codes(run: Run, monkeypatch: pytest.MonkeyPatch, err
 
     monkeypatch.setattr("burnish.cli.recipes.main", fail)
     found, _, err = run("recipes")
-    assert found == code and err.startswith(f"error: {error.message}")
+    kind = "error: " if code == 2 else ""  # who asks for the end has it
+    assert found == code and err.startswith(f"{kind}{error.message}")
 
 
 def test_our_own_faults_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from burnish.config import checks as module
-from burnish.config.checks import CHECKS, Check, sources
+from burnish.config.check import Check
+from burnish.config.checks import CHECKS, sources
 from burnish.config.load import LoadedRun
 from burnish.config.run import EXCLUSIVE, RunConfig
 
@@ -36,6 +37,9 @@ Message = Callable[..., str]
         ("stream_needs_length", ["data.streaming=true"], "command line: data.streaming does not know how long an epoch is; give train.steps or train.tokens instead of epochs"),
         ("one_process_is_one", ["parallel.processes=2", "parallel.strategy=none"], "command line: parallel.processes: parallel.strategy: none means one process, parallel.processes is 2; leave one of them out"),
         ("restarts_go_on", ["parallel.restarts=1", "resume=never"], "command line: parallel.restarts goes on from the last checkpoint, which resume: never refuses; leave one of them out"),
+        ("groups_share_out_the_processes", ["parallel={strategy: hsdp, shards: 3, processes: 4}"], "parallel.processes: 4 cannot be cut into groups of parallel.shards: 3; take a divisor"),
+        ("going_back_needs_a_checkpoint", ["recovery.spike=rollback", "save.every=null"], "recovery.spike.action: rollback goes back to the newest checkpoint, and save.every: null writes none"),
+        ("going_back_needs_a_checkpoint", ["recovery.non_finite=rollback", "save.every=null"], "recovery.non_finite: rollback goes back to the newest checkpoint"),
         ("stream_cannot_be_split", ["data.streaming=true", "train.steps=5", "data.eval=0.1"], "command line: data.eval: 0.1 is a share of rows that data.streaming cannot count; name a data set for it"),
         ("share_holds_a_row", ["data.train={path: rows.jsonl, limit: 9}", "data.eval=0.05"], "command line: data.eval: 0.05 of at most 9 rows holds out none"),
         ("sample_needs_limit", ["data.train.sample=true"], "needs limit, the number of rows to take"),
