@@ -239,6 +239,35 @@ class TestFinished:
         code, said = train("data.eval=0.4")
         assert code == 2 and "or which of them are held out (data.rows)" in said
 
+    def test_a_share_that_is_held_out_is_compared_before_rows_are_read(self, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+        train("data.eval=0.2")
+        monkeypatch.setattr("burnish.run.prepare", lambda *_, **__: pytest.fail("rows were read"))
+        code, said = train("data.eval=0.4")
+        assert code == 2 and "belongs to a run with other data: data.eval was 0.2, now 0.4" in said
+
+    def test_other_weights_under_the_adapter_are_refused_and_a_copy_is_not(self, train: Train, tiny_model: Path) -> None:
+        shutil.copytree(tiny_model, "base")
+        assert train("model=base")[0] == 0
+        shutil.copytree("base", "moved")
+        code, said = train("model=moved", "train.steps=4")
+        assert code == 0 and "step 4/4" in said
+        with Path("moved/model.safetensors").open("r+b") as weights:
+            weights.seek(-1, 2)
+            weights.write(b"\x01")
+        code, said = train("model=moved", "train.steps=5")
+        assert code == 2 and "the weights of the base model have changed" in said
+        code, said = train("model=moved", "train.steps=5", "resume=force")
+        assert code == 0 and "the weights of the base model have changed" in said and "step 5/5" in said
+
+    def test_weights_that_are_trained_whole_come_from_the_checkpoint(self, train: Train, tiny_model: Path) -> None:
+        shutil.copytree(tiny_model, "base")
+        assert train("model=base", "adapter=null")[0] == 0
+        with Path("base/model.safetensors").open("r+b") as weights:
+            weights.seek(-1, 2)
+            weights.write(b"\x01")
+        code, said = train("model=base", "adapter=null", "train.steps=4")
+        assert code == 0 and "going on from" in said
+
     def test_settings_are_compared_before_rows_are_read(self, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
         train()
         monkeypatch.setattr("burnish.run.prepare", lambda *_, **__: pytest.fail("rows were read"))
@@ -263,7 +292,8 @@ class TestFinished:
         assert code == 2 and "no checkpoint from which a run of 4 could go on" in said
         assert train("resume=never")[0] == 2
         assert Path("runs/one/model/adapter_model.safetensors").read_bytes() == weights
-        assert train("train.learning_rate=0.5", "resume=force")[0] == 0
+        code, said = train("train.learning_rate=0.5", "resume=force")
+        assert code == 0 and "there is no checkpoint: it is trained from the start and overwritten" in " ".join(said.split())
         assert Path("runs/one/model/adapter_model.safetensors").read_bytes() != weights
 
     def test_another_optimizer_by_force_begins_without_state(self, train: Train) -> None:

@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from burnish.config.dump import resolved
-from burnish.config.objectives import Distill
+from burnish.config.objectives import Distill, Plugin
 from burnish.config.run import RunConfig
 from burnish.core.errors import CheckpointError
 from burnish.core.log import warn
@@ -64,7 +64,15 @@ _MAY_CHANGE = (
     "train.checkpoint_activations",
     "train.deterministic",
 )
-_WEIGHTS = {"model.weights": "the weights of the base model", "objective.teacher.weights": "the weights of the teacher"}
+_HELD_OUT = "data.eval"
+"""Held-out rows of their own may change; a share of the training rows may not."""
+_WEIGHTS = {
+    "model.weights": "the weights of the base model",
+    "objective.teacher.weights": "the weights of the teacher",
+    "reference.adapter": "the weights of the adapter that the reference is",
+}
+_PLACES = {"model.weights": ("model.path", "model.revision"), "objective.teacher.weights": ("objective.teacher",)}
+"""Where weights lie does not matter while they are the same."""
 _OBSOLETE = "data.fingerprint"  # of earlier versions: it changed with their code, too
 
 
@@ -73,21 +81,37 @@ def identity_of(config: RunConfig) -> dict[str, Any]:
 
     What may change: how long it trains, where it writes, how it is watched, and how the work is cut up. All else would give another run.
     """
-    return {key: value for key, value in _dotted(resolved(config)).items() if not _may_change(key)}
+    held_out = "nothing of data.train" if config.data.eval is None or isinstance(config.data.eval, list) else config.data.eval
+    return {key: value for key, value in _dotted(resolved(config)).items() if not _may_change(key)} | {_HELD_OUT: held_out}
 
 
 def marks_of(config: RunConfig) -> dict[str, Any]:
-    """Marks of the weights that are not trained, and so not in a checkpoint, as more keys of the identity.
+    """Marks of the weights that decide the result and are not in a checkpoint, as more keys of the identity.
+
+    They are those under an adapter, a teacher's, and those that a reference is computed from.
 
     Raises:
         ModelError: there is no model at one of the paths.
+        DependencyError: `package:NAME` is not installed.
     """
     marks: dict[str, Any] = {}
-    if config.adapter is not None:
+    refers = _refers(config)
+    if config.adapter is not None or refers:
         marks["model.weights"] = fingerprint(config.model.path, config.model.revision)
+    if config.adapter is not None and config.adapter.path is not None and refers:
+        marks["reference.adapter"] = fingerprint(config.adapter.path, None)
     if isinstance(config.objective, Distill):
         marks["objective.teacher.weights"] = fingerprint(config.objective.teacher, None)
     return marks
+
+
+def _refers(config: RunConfig) -> bool:
+    """Whether a reference is made again from the weights that the run starts from. A copy of them is in the checkpoint."""
+    objective = config.objective
+    if isinstance(objective, Plugin) or not hasattr(objective, "reference"):
+        return False
+    asked, moves = getattr(objective, "reference", "auto"), getattr(objective, "sync", None) is not None
+    return asked == "precomputed" or (asked == "auto" and not (moves or config.data.streaming or objective.mismatched))
 
 
 def versions() -> dict[str, str]:
@@ -124,18 +148,21 @@ def difference(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Differenc
     strict = recorded.get("versions", {}).get("burnish") == versions()["burnish"]
     keys = then.keys() | now.keys() if strict else then.keys() & now.keys()
     # What earlier versions have not noted cannot be compared.
-    keys -= {_OBSOLETE, *(key for key in (ROWS, *_WEIGHTS) if key not in then)}
-    keys -= {ROWS} - now.keys()
+    keys -= {_OBSOLETE, *(key for key in (ROWS, _HELD_OUT, *_WEIGHTS) if key not in then)}
+    keys -= {ROWS, *_WEIGHTS} - now.keys()
+    for mark, places in _PLACES.items():
+        if mark in keys and then[mark] == now[mark]:
+            keys -= {*places}
     changed = [key for key in sorted(keys) if then.get(key) != now.get(key)]
     if not changed:
         return None
-    marks = {ROWS: f"the rows have changed, or how they are turned into tokens, or which of them are held out ({ROWS})"}
-    marks |= {key: f"{what} have changed ({key})" for key, what in _WEIGHTS.items()}
-    lines = [marks[key] for key in changed if key in marks]
-    settings = [key for key in changed if key not in marks]
-    lines = _listed(settings, then, now) + lines
-    what = "data" if changed == [ROWS] else "weights" if not settings and ROWS not in changed else "settings"
-    return Difference(tuple(lines), what)
+    marks = {key: f"{what} have changed, or its configuration ({key})" for key, what in _WEIGHTS.items()}
+    shares = f"{_HELD_OUT} was {then.get(_HELD_OUT)!r}, now {now.get(_HELD_OUT)!r}"
+    marks[_HELD_OUT] = f"{shares}: it decides how many rows are trained on, or which of them are held out ({ROWS})"
+    marks[ROWS] = f"the rows have changed, or how they are turned into tokens, or which of them are held out ({ROWS})"
+    lines = _listed([key for key in changed if key not in marks], then, now) + [marks[key] for key in changed if key in marks]
+    of = {"data": {ROWS, _HELD_OUT}, "weights": {*_WEIGHTS}}
+    return Difference(tuple(lines), next((what for what, keys in of.items() if keys.issuperset(changed)), "settings"))
 
 
 def refuse_another_run(folder: Path, identity: Mapping[str, Any], total: int | None, *, force: bool = False) -> None:
@@ -165,12 +192,16 @@ def refuse_another_run(folder: Path, identity: Mapping[str, Any], total: int | N
     note = folder / "finished.json"
     if not (folder / "model").is_dir() or (finished := read_note(note)) is None:
         return
-    _refuse(note, difference(finished, identity), force=force)
-    if total is not None and finished["steps"] != total and not force:
-        raise CheckpointError(
-            f"{folder} holds a finished model of {finished['steps']:,} steps, and no checkpoint from which a run of {total:,} could go on",
-            hint="choose another output folder, or train from the start and overwrite the model with resume: force",
-        )
+    said = ""
+    if found := difference(finished, identity):
+        said = f"{note} belongs to a run with other {found.what}: {found}"
+    elif total is not None and finished["steps"] != total:
+        steps = f"{finished['steps']:,} steps"
+        said = f"{folder} holds a finished model of {steps}, and no checkpoint from which a run of {total:,} could go on"
+    if said and not force:
+        raise CheckpointError(said, hint="choose another output folder, or train from the start and overwrite the model with resume: force")
+    if said:
+        warn(f"{said}{_end(found)}there is no checkpoint: it is trained from the start and overwritten, as resume: force says")
 
 
 def read_note(note: Path) -> dict[str, Any] | None:
@@ -199,13 +230,17 @@ def _refuse(place: Path, found: Difference | None, *, force: bool) -> None:
     if found is None:
         return
     if force:
-        end = "; " if len(found.lines) == 1 else "\n"
-        warn(f"{place} belongs to a run with other {found.what}: {found}{end}it goes on nevertheless, as resume: force says")
+        warn(f"{place} belongs to a run with other {found.what}: {found}{_end(found)}it goes on nevertheless, as resume: force says")
         return
     raise CheckpointError(
         f"{place} belongs to a run with other {found.what}: {found}",
         hint=f"put the {found.what} back to go on, choose another output folder, or go on nevertheless with resume: force",
     )
+
+
+def _end(found: Difference | None) -> str:
+    """What stands between a difference and what becomes of it."""
+    return "\n" if found is not None and len(found.lines) > 1 else "; "
 
 
 def _listed(changed: list[str], before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

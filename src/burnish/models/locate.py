@@ -12,10 +12,11 @@ import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 
 from burnish.core import hub
@@ -64,17 +65,42 @@ def fingerprint(path: str, revision: str | None) -> str:
     """A hash that changes when the weights at `path` do: of their files' sizes and samples of their bytes, or of a hub model's commit.
 
     A copy has the same one. Other weights have another one, unless they differ only in a few numbers of a file of more than 64 MiB.
+
+    Args:
+        path: A folder, a file, `package:NAME` or a hub id, of a model or an adapter.
+        revision: Of a hub model; None is what the hub hands out now, or what was downloaded where it cannot be asked.
+
+    Raises:
+        ModelError: there is nothing there, or the hub refuses it.
+        DependencyError: `package:NAME` is not installed.
     """
     place = Path(path).expanduser()
-    if path.startswith("package:") or place.exists():
-        place = place if place.exists() else Path(locate(path).path)
-        files = sorted(file for pattern in _DECIDING for file in place.glob(pattern)) if place.is_dir() else [place]
-        content = [_sampled(file) for file in files]
-    else:
-        cached = try_to_load_from_cache(path, "config.json", revision=revision)
-        # .../snapshots/<commit>/config.json
-        content = [path, Path(cached).parent.name if isinstance(cached, str) else str(revision)]
-    return hashlib.sha256(repr(content).encode()).hexdigest()
+    if not place.exists():
+        found = locate(path)
+        if found.kind == "hub":
+            return hashlib.sha256(repr([path, _commit(path, revision)]).encode()).hexdigest()
+        place = Path(found.path)
+    files = sorted(file for pattern in _DECIDING for file in place.glob(pattern)) if place.is_dir() else [place]
+    return hashlib.sha256(repr([_sampled(file) for file in files]).encode()).hexdigest()
+
+
+@cache
+def _commit(name: str, revision: str | None) -> str:
+    """The commit that is loaded from the hub in this process: asked for before anything is, so that it is the same before and after."""
+    # .../snapshots/<commit>/config.json
+    cached = [try_to_load_from_cache(name, file, revision=revision) for file in ("config.json", "adapter_config.json")]
+    known = next((Path(file).parent.name for file in cached if isinstance(file, str)), None)
+    if known is not None and hub.silence() is not None:
+        hub.note_silence()
+        return known
+    require_hub(name, revision)
+    try:
+        with reading(name):
+            return str(HfApi().model_info(name, revision=revision).sha)
+    except ModelError:
+        if known is None:
+            raise
+        return known  # what is downloaded is loaded then, too
 
 
 _DECIDING = ("*.safetensors", "config.json", "adapter_config.json")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from burnish.config.run import RunConfig
+from burnish.core.errors import ModelError
 from burnish.engine.identity import ROWS, difference, identity_of, marks_of, versions
 from burnish.models import locate
 
@@ -88,6 +89,33 @@ def test_what_an_earlier_version_has_not_noted_cannot_be_compared():
     assert difference(recorded({"a": 1, "b": 2}), now) is not None
 
 
+def test_a_share_of_the_rows_that_is_held_out_is_named_before_there_are_rows():
+    def asked(held_out: Any) -> dict[str, Any]:
+        return identity_of(config(data={"train": ["a.json"], "eval": held_out}))
+
+    for then, now in ((0.2, 0.4), (None, 0.2), (0.2, ["b.json"])):
+        found = difference(recorded(asked(then)), asked(now))
+        assert found is not None and found.what == "data" and len(found.lines) == 1
+        assert found.lines[0].startswith("data.eval was "), found
+    assert difference(recorded(asked(["b.json"])), asked(["c.json"])) is None  # trained on the same rows
+    noted_nothing = {key: value for key, value in asked(0.2).items() if key != "data.eval"}
+    assert difference(recorded(noted_nothing), asked(0.2)) is None
+
+
+def test_what_frozen_weights_are_is_not_said_of_an_adapter_that_is_gone():
+    then = identity_of(config(adapter={"kind": "lora"})) | {"model.weights": "x"}
+    found = difference(recorded(then), identity_of(config()))
+    assert found is not None and len(found.lines) == 1 and found.lines[0].startswith("adapter was {")
+
+
+def test_the_place_of_weights_does_not_matter_while_they_are_the_same():
+    then = {"model.path": "/a", "model.weights": "x"}
+    assert difference(recorded(then), {"model.path": "/b", "model.weights": "x"}) is None
+    found = difference(recorded(then), {"model.path": "/b", "model.weights": "y"})
+    assert found is not None and len(found.lines) == 2 and found.what == "settings"
+    assert difference(recorded({"model.path": "/a"}), {"model.path": "/b"}) is not None  # trained whole: nothing tells that it is a copy
+
+
 @pytest.fixture
 def base(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "base"))
@@ -121,3 +149,21 @@ def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         content[place] = 1
         file.write_bytes(content)
         assert (locate.fingerprint(str(file), None) != before) == differs, place
+
+
+def test_weights_that_a_reference_is_computed_from_are_noticed(base: Path, tmp_path: Path):
+    def keys(**changes: Any) -> set[str]:
+        return {*marks_of(config(model=str(base), **changes))}
+
+    assert keys(objective="dpo") == keys(objective={"kind": "kto", "reference": "precomputed"}) == {"model.weights"}
+    assert keys(objective={"kind": "dpo", "reference": "copy"}) == set()  # the checkpoint has them
+    assert keys(objective={"kind": "dpo", "sync": {"every": "1st"}}) == keys(objective="simpo") == set()
+    (tmp_path / "start").mkdir()
+    started = {"adapter": {"kind": "lora", "path": str(tmp_path / "start")}}
+    assert keys(objective="dpo", **started) == {"model.weights", "reference.adapter"}
+    assert keys(**started) == {"model.weights"}
+
+
+def test_a_place_without_a_model_is_an_error():
+    with pytest.raises(ModelError, match="no model at '/nowhere/here'"):
+        locate.fingerprint("/nowhere/here", None)

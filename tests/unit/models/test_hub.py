@@ -30,6 +30,7 @@ class Hub:
 
     folder: Path
     url: str = ""
+    commit: str = COMMIT
     asked: list[str] = field(default_factory=list)
 
     def files(self, kind: str | None, name: str) -> dict[str, Path]:
@@ -63,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(403, "GatedRepo")
         if not files:
             return self.refuse(401, "RepoNotFound")  # the hub tells nobody what is private and what is not there
-        if revision and revision["revision"] not in ("main", COMMIT):
+        if revision and revision["revision"] not in ("main", self.hub.commit):
             return self.refuse(404, "RevisionNotFound")
         if found.re is API:
             return self.send(json.dumps(self.about(found["name"], found["rest"] or "", files, body)).encode())
@@ -73,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def about(self, name: str, rest: str, files: dict[str, Path], body: bytes) -> Any:
         if not rest.startswith(("/tree/", "/paths-info/")):
-            return {"id": name, "sha": COMMIT, "private": False, "tags": [], "siblings": [{"rfilename": file} for file in files]}
+            return {"id": name, "sha": self.hub.commit, "private": False, "tags": [], "siblings": [{"rfilename": file} for file in files]}
         wanted = re.findall(rb"[\w./-]+", body.replace(b"%2F", b"/")) if rest.startswith("/paths-info/") else None
         return [
             {"type": "file", "path": path, "oid": etag(file.read_bytes()), "size": file.stat().st_size}
@@ -83,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, content: bytes) -> None:
         self.send_response(200)
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.hub.commit)
         self.send_header("ETag", f'"{etag(content)}"')
         self.finish_with(content)
 
@@ -159,6 +160,27 @@ def test_a_model_and_a_data_set_are_downloaded_once_and_then_need_no_hub(hub: Hu
     metrics = [(tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     first, second = ([json.loads(line)["loss"] for line in lines] for lines in metrics)
     assert first == second
+
+
+def test_a_run_knows_the_commit_that_its_base_model_is_of(hub: Hub, tiny_model: Path, tmp_path: Path) -> None:
+    run_file(hub, tiny_model, tmp_path)
+    first = burnish(hub, tmp_path, "train", "run.yaml")
+    assert first.returncode == 0, first.stderr
+    longer = burnish(hub, tmp_path, "train", "run.yaml", "train.steps=3")  # the first run began with nothing downloaded
+    assert longer.returncode == 0 and "step 3/3" in longer.stderr, longer.stderr
+    url, hub.url = hub.url, "http://127.0.0.1:9"  # nobody listens there
+    without = burnish(hub, tmp_path, "train", "run.yaml", "train.steps=3")
+    assert without.returncode == 0 and "already finished after 3 steps" in without.stderr, without.stderr
+
+    hub.url, hub.commit = url, "89abcdef" * 5
+    weights = hub.folder / "models/someone/tiny/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    before = {file: file.read_bytes() for file in (tmp_path / "runs/one").rglob("*") if file.is_file()}
+    other = burnish(hub, tmp_path, "train", "run.yaml", "train.steps=4")
+    assert other.returncode == 2 and "the weights of the base model have changed" in other.stderr, other.stderr
+    assert {file: file.read_bytes() for file in (tmp_path / "runs/one").rglob("*") if file.is_file()} == before
+    forced = burnish(hub, tmp_path, "train", "run.yaml", "train.steps=4", "resume=force")
+    assert forced.returncode == 0 and "step 4/4" in forced.stderr, forced.stderr
 
 
 REFUSALS = """
