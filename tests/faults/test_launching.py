@@ -213,7 +213,10 @@ def test_a_rank_that_hangs_is_named(project: Project, rank: int, how: str) -> No
     assert code == 1, printed
     assert printed.count(f"error: rank {rank} does not answer") == 1, printed
     assert f"rank {1 - rank} (pid " in printed and "waits in all_reduce" in printed
-    assert "all_reduce" in (project.folder / f"runs/first/logs/stacks-rank-{1 - rank}.txt").read_text()
+    logs = project.folder / "runs/first/logs"
+    assert "all_reduce" in (logs / f"stacks-rank-{1 - rank}.txt").read_text()
+    whose = f"where rank {1 - rank} stands" if how == "stop" else "where each one stands"  # a stopped process writes nothing
+    assert f"{whose}: " in printed and (logs / f"stacks-rank-{rank}.txt").exists() is (how != "stop"), printed
     assert project.run("parallel.processes=2")[0] == 0
 
 

@@ -53,7 +53,7 @@ def _entry(key: str, value: Any, shape: Shape, indent: str) -> Iterator[str]:
         yield f"{indent}{key}: null"
         yield from _switched_off(key, shape.sections[0][1], indent)
     else:
-        yield f"{indent}{key}: {_written(written_seconds(value) if shape.seconds and value is not _REQUIRED else value)}"
+        yield f"{indent}{key}: {_written(written_seconds(value) if shape.seconds and isinstance(value, float) else value)}"
 
 
 def _switched_off(key: str, section: type[Strict], indent: str) -> Iterator[str]:

@@ -9,8 +9,8 @@ is. A main thread that stands at the same place for longer than `parallel.timeou
     some have entered fewer collectives        these ranks hang by themselves: the others wait for them
     else                                       nobody can be told from the others, and all are listed
 
-Then every rank writes its stacks into the run folder, one says which rank it is, and all end with exit code 1. The same command goes on
-from the last checkpoint.
+Then every rank that can writes its stacks into the run folder, one says which rank it is, and all end with exit code 1. The same command
+goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -56,7 +56,17 @@ class Sign:
     place: str  # where the main thread is
 
     def __str__(self) -> str:
-        return f"rank {self.rank} (pid {self.pid} on {self.host}) at step {self.step}: {self.place}"
+        return f"{self.who} {self.when}: {self.place}"
+
+    @property
+    def who(self) -> str:
+        """The process."""
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+    @property
+    def when(self) -> str:
+        """Where in the run: `step` counts the steps that are done."""
+        return f"after step {self.step}" if self.step else "before the end of the first step"
 
 
 class Watchdog(Callback):
@@ -102,7 +112,10 @@ class Watchdog(Callback):
             self._ticks += 1
             yield item
 
-    def on_step_start(self, state: State) -> None:  # noqa: D102  # as in Callback, and so are the rest
+    def on_train_start(self, state: State) -> None:  # noqa: D102  # as in Callback, and so are the rest
+        self._move(state)
+
+    def on_step_start(self, state: State) -> None:  # noqa: D102
         self._move(state)
 
     def on_step_end(self, state: State, result: StepResult) -> None:  # noqa: D102
@@ -154,7 +167,8 @@ class Watchdog(Callback):
 
     def _look_around(self, board: Board) -> None:
         """Compares the signs of all ranks over a while; ends the run where nobody moves."""
-        self._dump()
+        if self._dump():
+            board.set(_stacks_of(self._rank), "written")
         first = _signs(board, self._world_size)
         for _ in range(4):
             if board.check([VERDICT]) or self._done.wait(self._interval):
@@ -169,33 +183,38 @@ class Watchdog(Callback):
         second = _signs(board, self._world_size)
         if not board.check([VERDICT]) and any(first[rank].moves != second[rank].moves for rank in first if rank in second):
             return
-        mine = self._verdict(first, second)
+        written = [rank for rank in range(self._world_size) if board.check([_stacks_of(rank)])]
+        mine = self._verdict(first, second, written)
         valid = board.compare_set(VERDICT, "", mine).decode()
         if valid == mine:  # the others come to see it
             time.sleep(4 * self._interval)
         self._end(valid, tell=valid == mine)
 
-    def _verdict(self, first: Mapping[int, Sign], second: Mapping[int, Sign]) -> str:
+    def _verdict(self, first: Mapping[int, Sign], second: Mapping[int, Sign], written: Sequence[int]) -> str:
+        """What is known of each rank, and where the stacks are of those that could write them."""
         named = culprits(first, second, self._world_size)
-        lines = [str(second[rank]) if rank in second else f"rank {rank}: no sign of life yet" for rank in range(self._world_size)]
+        stopped = _silent(first, second, self._world_size)
+        lines = [_line(rank, second, silent=rank in stopped) for rank in range(self._world_size)]
+        if written:
+            lines.append(f"{_whose(written, self._world_size)}: {self._folder / 'logs' / 'stacks-rank-N.txt'}")
         who = " and ".join(f"rank {rank}" for rank in named) if named else "no rank"
         verb = "does" if len(named) < 2 else "do"
         has = f"{who} {verb} not answer" if named else "no rank gets on"
-        stacks = self._folder / "logs" / "stacks-rank-N.txt"
-        return f"{has}: nothing has moved for {self._timeout:.3g} s\n  " + "\n  ".join([*lines, f"where each one stands: {stacks}"])
+        return f"{has}: nothing has moved for {self._timeout:.3g} s\n  " + "\n  ".join(lines)
 
-    def _dump(self) -> None:
-        """Writes the stacks of all threads of this process into the run folder, once."""
+    def _dump(self) -> bool:
+        """Writes the stacks of all threads of this process into the run folder, once; whether it just has."""
         if self._dumped:
-            return
+            return False
         self._dumped = True
         try:
             place = self._folder / "logs"
             place.mkdir(parents=True, exist_ok=True)
             with (place / f"stacks-rank-{self._rank}.txt").open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-        except OSError:  # a full disk, or none: the message says the place as well
-            pass
+        except OSError:  # a full disk, or none: the message says where this rank is as well
+            return False
+        return True
 
     def _end(self, text: str, *, tell: bool) -> None:
         """Ends this process; its main thread waits where no exception reaches it."""
@@ -207,12 +226,39 @@ class Watchdog(Callback):
 
 def culprits(first: Mapping[int, Sign], second: Mapping[int, Sign], world_size: int) -> list[int]:
     """The ranks that the others wait for, from two looks at the signs of all; empty where none can be told from the others."""
-    silent = [rank for rank in range(world_size) if rank not in second or (rank in first and first[rank].beat == second[rank].beat)]
-    if silent:
+    if silent := _silent(first, second, world_size):
         return silent
     entered = {rank: sign.collectives for rank, sign in second.items()}
     behind = [rank for rank, count in entered.items() if count == min(entered.values())]
     return sorted(behind) if len(behind) < world_size else []
+
+
+def _silent(first: Mapping[int, Sign], second: Mapping[int, Sign], world_size: int) -> list[int]:
+    """The ranks that have left no sign of life between the two looks."""
+    return [rank for rank in range(world_size) if rank not in second or (rank in first and first[rank].beat == second[rank].beat)]
+
+
+def _line(rank: int, signs: Mapping[int, Sign], *, silent: bool) -> str:
+    if rank not in signs:
+        return f"rank {rank}: no sign of life yet"
+    sign = signs[rank]
+    # It may have gone on for a moment after its last sign: what that says is not where it stands.
+    return f"{sign.who}: no sign of life any more; the last one came {sign.when}, from {sign.place}" if silent else str(sign)
+
+
+def _whose(written: Sequence[int], world_size: int) -> str:
+    """Whose stacks there are, in words."""
+    missing = [rank for rank in range(world_size) if rank not in written]
+    if not missing:
+        return "where each one stands"
+    but = len(missing) < len(written)
+    named = " and ".join(f"rank {rank}" for rank in (missing if but else written))
+    return f"where each one but {named} stands" if but else f"where {named} {'stands' if len(written) == 1 else 'stand'}"
+
+
+def _stacks_of(rank: int) -> str:
+    """The note that a rank has written its stacks: one that is stopped cannot."""
+    return f"stacks/{rank}"
 
 
 def _leave(board: Board, sign: Sign) -> None:

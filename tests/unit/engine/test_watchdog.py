@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import threading
 from dataclasses import replace
@@ -39,6 +41,64 @@ def test_a_rank_that_never_gave_a_sign_is_named() -> None:
     first, second = signs(), signs(beat=(9, 9, 9, 9))
     del first[1], second[1]
     assert culprits(first, second, 4) == [1]
+
+
+class Notes:
+    """A board for one process. Some of what belongs to other ranks is there already."""
+
+    def __init__(self, **notes: str) -> None:
+        self.notes = notes
+
+    def set(self, key: str, value: str) -> None:
+        self.notes[key] = value
+
+    def get(self, key: str) -> bytes:
+        return self.notes[key].encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.notes for key in keys)
+
+    def add(self, key: str, amount: int) -> int:
+        raise NotImplementedError
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        return self.notes.setdefault(key, desired).encode()
+
+
+def found_by(dog: Watchdog, monkeypatch: pytest.MonkeyPatch, others: dict[int, Sign], *written: int) -> str:
+    """What the watchdog of rank 0 says, where the other ranks have left these signs, and some their stacks."""
+    said: list[str] = []
+    monkeypatch.setattr(dog, "_end", lambda text, *, tell: said.append(text))
+    monkeypatch.setattr(watchdog, "_standing", lambda frame: ())  # this test itself moves
+    dog._interval = 0.0
+    dog._moves = dog._sign().moves
+    board = Notes(**{f"stacks/{rank}": "written" for rank in written})
+    for sign in others.values():
+        watchdog._leave(board, sign)
+    dog._look_around(board)
+    return said[0]
+
+
+def test_only_stacks_that_are_there_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dog = Watchdog(0, 2, timeout=1.0, folder=tmp_path)
+    dog.on_train_start(State(total=900, step=812))  # goes on from a checkpoint
+    said = found_by(dog, monkeypatch, {1: signs(step=(812,) * 4)[1]})
+    assert said.startswith("rank 1 does not answer: ")
+    assert f"rank 0 (pid {os.getpid()} on {socket.gethostname()}) after step 812: " in said
+    assert "rank 1 (pid 101 on host): no sign of life any more; the last one came after step 812, from here\n" in said
+    assert said.endswith(f"where rank 0 stands: {tmp_path}/logs/stacks-rank-N.txt")
+    assert [file.name for file in (tmp_path / "logs").iterdir()] == ["stacks-rank-0.txt"]
+
+
+def test_stacks_of_all_but_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dog = Watchdog(0, 4, timeout=1.0, folder=tmp_path)
+    said = found_by(dog, monkeypatch, {rank: signs(step=(0,) * 4)[rank] for rank in (1, 2, 3)}, 1, 3)
+    assert f"\n  where each one but rank 2 stands: {tmp_path}" in said and "came before the end of the first step" in said
+
+
+def test_no_stacks_where_none_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "logs").write_text("in the way")
+    assert "stands" not in found_by(Watchdog(0, 2, timeout=1.0, folder=tmp_path), monkeypatch, {1: signs()[1]})
 
 
 def test_a_single_process_is_not_watched(tmp_path: Path) -> None:
