@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -208,12 +209,15 @@ def newest(root: Path) -> Path | None:
             verify(folder)
         except CheckpointError as error:
             problems.append(str(error))
-            warn(f"{error}; trying the checkpoint before it")
             continue
+        for problem in problems:
+            warn(f"{problem}; the checkpoint before it is tried")
         return folder
     if problems:
-        all_of_them = f"the {len(problems)} there are damaged, the newest: " if len(problems) > 1 else ""
-        raise CheckpointError(f"no checkpoint in {root} is whole: {all_of_them}{problems[0]}", hint="move the folder away to start anew")
+        # The folder is named already, and each of them is listed once.
+        each = [problem.replace(f"{root}{os.sep}", "") for problem in problems]
+        listed = f" {each[0]}" if len(each) == 1 else "".join(f"\n  {problem}" for problem in each)
+        raise CheckpointError(f"no checkpoint in {root} is whole:{listed}", hint="move the folder away to start anew")
     return None
 
 

@@ -91,6 +91,18 @@ def test_a_missing_manifest_means_unfinished(tmp_path: Path):
         newest(tmp_path)
 
 
+def test_where_all_are_damaged_each_is_named_once_and_briefly(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for step, name in ((1, "optimizer.json"), (2, "model.safetensors"), (3, "trainer.json")):
+        (save(tmp_path, example(step)) / name).unlink()
+    with pytest.raises(CheckpointError) as refused:
+        newest(tmp_path)
+    missing = ["step-000003/trainer.json", "step-000002/model.safetensors", "step-000001/optimizer.json"]
+    lines = [f"no checkpoint in {tmp_path} is whole:", *(f"  {name} is missing from the checkpoint" for name in missing)]
+    assert str(refused.value).splitlines() == lines and capsys.readouterr().err == ""
+    good = save(tmp_path, example(0))
+    assert newest(tmp_path) == good and capsys.readouterr().err.count("is missing from the checkpoint; the checkpoint before it is") == 3
+
+
 def test_no_checkpoint_at_all(tmp_path: Path):
     assert newest(tmp_path) is None
     assert newest(tmp_path / "absent") is None
