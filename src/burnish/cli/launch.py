@@ -14,7 +14,7 @@ from pathlib import Path
 from burnish.cli.parts import needed_by
 from burnish.config.load import load_run
 from burnish.core.errors import BurnishError, did_you_mean
-from burnish.core.log import info
+from burnish.core.log import info, warn
 from burnish.core.storage import write_new
 
 _TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
@@ -150,6 +150,13 @@ def sky(job: Job) -> str:
     resources = f"accelerators: {{{job.gpu}: {job.gpus}}}" if job.gpus else "cpus: 8+"
     package = f"'burnish[{','.join(job.extras)}]'" if job.extras else "burnish"
     shared = f"\n# All machines must see {job.folder}, data and model under the same paths: mount a bucket." if job.nodes > 1 else ""
+    if shared and Path(job.folder).is_relative_to(here):
+        place = Path(job.folder).relative_to(here)
+        own = f"the run folder {place} would be another one on each machine, in its copy of this folder"
+        warn(f"{own}: mount a bucket, and name a place in it with output=/mounted/{place}")
+        shared = (
+            f"\n# All machines must see one run folder, and {place} is in each one's own copy of this folder: mount a bucket, set output."
+        )
     return f"""# {job.nodes} x {job.processes} processes. On spot machines (sky jobs launch) the run folder belongs on a bucket.{shared}
 name: burnish-{job.name.lower()}
 num_nodes: {job.nodes}

@@ -344,6 +344,8 @@ def tell_ignored(parallel: Parallel, environ: Mapping[str, str] = os.environ) ->
     """Says which keys mean nothing where something else has started the processes: on the first of them."""
     default = Parallel()
     ignored = [key for key in ("processes", "restarts") if getattr(parallel, key) != getattr(default, key)]
+    if environ.get("LOCAL_WORLD_SIZE") == str(parallel.processes) and "processes" in ignored:  # as many as were asked for
+        ignored.remove("processes")
     if ignored and is_launched(environ) and LAUNCHER not in environ and environ["RANK"] == "0":
         warn(f"{' and '.join(f'parallel.{key}' for key in ignored)} not followed: what started the processes decides")
 

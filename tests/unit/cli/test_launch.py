@@ -207,4 +207,14 @@ def test_keys_that_another_launcher_overrides_are_said(capsys: pytest.CaptureFix
     assert "parallel.processes and parallel.restarts not followed" in " ".join(capsys.readouterr().err.split())
     for quiet, environ in ((asked, {"RANK": "1", "WORLD_SIZE": "2"}), (asked, {}), (Parallel(), {"RANK": "0", "WORLD_SIZE": "2"})):
         tell_ignored(quiet, environ)
+    tell_ignored(Parallel(processes=4), {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"})  # what started them has followed it
     assert capsys.readouterr().err == ""
+
+
+def test_sky_warns_of_a_run_folder_that_each_machine_has_for_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    task = text("sky", "output=runs/mine")
+    assert "All machines must see one run folder, and runs/mine is in each one's own copy" in task
+    assert "the run folder runs/mine would be another one on each machine" in " ".join(capsys.readouterr().err.split())
+    for quiet in (text("sky", "output=runs/mine", nodes=1), text("sky", "output=/bucket/mine")):
+        assert "own copy" not in quiet
+    assert "warning" not in capsys.readouterr().err
