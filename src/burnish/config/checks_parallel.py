@@ -108,6 +108,7 @@ def going_back_needs_a_checkpoint(run: RunConfig) -> str | None:
     spike = run.recovery.spike
     back = {"recovery.non_finite": run.recovery.non_finite, "recovery.spike.action": spike.action if spike is not None else ""}
     keys = [key for key, action in back.items() if action == "rollback"]
-    if not keys or run.save.every is not None:
+    best = run.save.best and run.data.eval is not None and run.evaluation.every is not None
+    if not keys or run.save.every is not None or run.save.keep_every is not None or best:
         return None
     return f"{keys[0]}: rollback goes back to the newest checkpoint, and save.every: null writes none; set it, e.g. 100st"

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
-from pydantic import Tag
+from pydantic import BeforeValidator, Tag
 
-from burnish.config.base import Duration, FreeText, Kind, Location, LongForm, OneOrMany, Strict
+from burnish.config.base import Duration, FreeText, Kind, Location, LongForm, OneOrMany, Strict, read_seconds
 from burnish.config.document import Value
 
 _WORDS: dict[type, str] = {
@@ -42,6 +42,7 @@ class Shape:
         location: Set where the text says where something is.
         kind: Set where the text is a name out of a table.
         free_text: Whether `${NAME}` in the text means itself.
+        seconds: Whether the number is a time, which may be written with its unit.
     """
 
     sections: tuple[tuple[str, type[Strict]], ...] = ()
@@ -54,6 +55,7 @@ class Shape:
     location: Location | None = None
     kind: Kind | None = None
     free_text: bool = False
+    seconds: bool = False
 
     def section(self, around: Value = None) -> type[Strict] | None:
         """The section that a mapping is meant to be, chosen by its `kind` where there are several."""
@@ -158,6 +160,8 @@ def _marked(shape: Shape, marks: Any) -> Shape:
                 shape = replace(shape, kind=mark)
             case FreeText():
                 shape = replace(shape, free_text=True)
+            case BeforeValidator(func=reader) if reader is read_seconds:
+                shape = replace(shape, seconds=True)
             case Tag(tag):
                 shape = replace(shape, sections=tuple((tag, section) for _, section in shape.sections))
             case _:
@@ -180,4 +184,5 @@ def _either(branches: list[Shape]) -> Shape:
         location=first("location"),
         kind=first("kind"),
         free_text=bool(first("free_text")),
+        seconds=bool(first("seconds")),
     )

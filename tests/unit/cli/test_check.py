@@ -238,3 +238,17 @@ def test_ctrl_c_before_a_command_has_begun_is_no_traceback(run: Run, monkeypatch
     monkeypatch.setattr("burnish.cli.check.examine", interrupted)
     code, said, wrong = run("check", "run.yaml")
     assert code == 130 and said == "" and "Traceback" not in wrong
+
+
+@pytest.mark.parametrize(
+    ("overrides", "saves"),
+    [
+        (["save.every=null"], "no checkpoint before the end"),
+        (["save={every: null, keep_every: 5st}"], "one every 5st for ever before the end"),
+        (["save={every: null, keep_every: 5st}", "data.eval=0.1"], "the best by eval loss and one every 5st for ever before the end"),
+    ],
+)
+def test_what_is_saved_without_every(run: Run, overrides: list[str], saves: str) -> None:
+    _, said, _ = run("check", "run.yaml", "parallel.timeout=90s", *overrides)
+    found = {line[2:13].strip(): line[13:] for line in said.splitlines() if line.startswith("  ")}
+    assert found["saves"] == saves and found["parallel"].endswith("patience 90s")

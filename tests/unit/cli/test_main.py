@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import burnish
 from burnish.cli.main import main
 from burnish.core.errors import BurnishError, Interrupted
 
@@ -80,3 +83,12 @@ def test_our_own_faults_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_file_that_is_a_folder(run: Run, tmp_path: Path) -> None:
     code, _, err = run("check", str(tmp_path))
     assert code == 2 and "is a folder, expected a run file" in err
+
+
+@pytest.mark.parametrize("start", [["-m", "burnish"], ["-c", "from burnish.__main__ import main; main()"]])
+def test_ctrl_c_while_the_command_line_is_imported_is_no_traceback(tmp_path: Path, start: list[str]) -> None:
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nfor _ in range(10**6): pass\n")
+    package = Path(burnish.__file__).parents[1]
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{package}"}
+    done = subprocess.run([sys.executable, *start, "--help"], env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

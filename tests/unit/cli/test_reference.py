@@ -44,3 +44,7 @@ def test_every_key_is_in_it_under_its_description(text: str) -> None:
     bare = [line for before, line in itertools.pairwise(lines) if line.endswith(": null") and before == ""]
     assert bare == []
     assert max(map(len, text.splitlines())) <= 122
+
+
+def test_times_have_their_unit(text: str) -> None:
+    assert "  timeout: 30m" in text.splitlines()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from burnish.config.base import Duration, Kind, LongForm, OneOrMany, read_tokens, read_warmup
+from burnish.config.base import Duration, Kind, LongForm, OneOrMany, read_seconds, read_tokens, read_warmup, written_seconds
 from burnish.config.sections import Model, Optimizer, Parallel, Schedule, Source, Train
 
 
@@ -21,6 +21,13 @@ def test_durations_carry_their_unit(text: object, value: float, unit: str) -> No
 def test_what_is_no_duration_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match="duration"):
         Duration.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "written"), [(1800.0, "30m"), (90.0, "90s"), (7200.0, "2h"), (0.5, 0.5), (3660.0, "61m"), (1e9, "1000000000s")]
+)
+def test_times_are_written_as_they_are_read(seconds: float, written: str | float) -> None:
+    assert written_seconds(seconds) == written and read_seconds(written) == seconds
 
 
 @given(st.floats(min_value=1e-6, max_value=1e15), st.sampled_from(["ep", "st", "tok"]))

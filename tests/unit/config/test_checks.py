@@ -98,6 +98,8 @@ def test_contradictions(fault: Message, folder: Path, check: str, overrides: lis
         ["parallel={reshard: false}", "train.optimizer=muon"],
         ["parallel={strategy: fsdp, context: 4, processes: 8}", "train.mlp_tile=256"],
         ["parallel.context=2", "train.offload_activations=true", "train.optimizer=muon"],
+        ["recovery.spike=rollback", "save={every: null, keep_every: 100st}"],
+        ["recovery.non_finite=rollback", "save.every=null", "data.eval=0.1"],  # the best one is saved
     ],
 )
 def test_sensible_runs_pass(load: Load, overrides: list[str]) -> None:
