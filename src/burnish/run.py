@@ -43,7 +43,7 @@ from burnish.data.prepare import Prepared, prepare, prepare_eval
 from burnish.data.render import Renderer
 from burnish.data.stream import StreamLoader
 from burnish.data.types import Batch, BatchKind
-from burnish.engine import checkpoint, loop, preflight, reference
+from burnish.engine import checkpoint, loop, preflight, reference, resume
 from burnish.engine.backend import Backend, Precision
 from burnish.engine.events import Callback, State
 from burnish.engine.folder import RunFolder
@@ -325,6 +325,7 @@ class Run:
         preflight.look_at_lengths(self.policy.model, sets, self.config.data.max_length)
         if self._mismatched and not self.config.data.streaming:
             preflight.tell_lone_answer(len(self.data.train), self._batch_size)
+        resume.refuse_other_parameters(self.folder / "checkpoints", self.policy)
         preflight.look_at_disk(self.folder, self.policy, self.backend, self.config)
         info(preflight.announcement(self.policy, self.backend, self.total_steps))
         for line in filter(None, (*preflight.notes(self.policy, self.backend, self.config), self._activations, self._compiled)):
@@ -433,15 +434,15 @@ class Run:
 
         What needs no rows is compared before they are prepared; then there is no `total`, and nothing that is forced is said yet.
         """
-        resume = self.config.resume
+        asked = self.config.resume
         self._files.lock.look()
-        if resume == "never" and (self._files.note.is_file() or checkpoint.newest(self.folder / "checkpoints") is not None):
+        if asked == "never" and (self._files.note.is_file() or checkpoint.newest(self.folder / "checkpoints") is not None):
             raise CheckpointError(
                 f"{self.folder} holds a run already, and resume is 'never'",
                 hint="Choose another output folder, or resume: auto to go on with this run.",
             )
-        if total is not None or resume != "force":
-            refuse_another_run(self.folder, identity, total, force=resume == "force")
+        if total is not None or asked != "force":
+            refuse_another_run(self.folder, identity, total, force=asked == "force")
         self._files.forget_requests()
 
 

@@ -301,6 +301,16 @@ class TestFinished:
         code, said = train("train.optimizer=sgd", "train.steps=5", "resume=force")
         assert code == 0 and "the optimiser's state is of adamw, which sgd cannot use" in " ".join(said.split())
 
+    def test_a_forced_run_that_trains_other_weights_leaves_the_folder_as_it_is(self, train: Train) -> None:
+        def contents() -> dict[Path, bytes]:
+            return {path: path.read_bytes() for path in Path("runs/one").rglob("*") if path.is_file()}
+
+        train()
+        before = contents()
+        code, said = train("adapter=null", "train.steps=5", "resume=force")
+        assert code == 2 and "was made with other trained parameters: base_model.model" in " ".join(said.split())
+        assert contents() == before and "already finished after 3 steps" in train()[1]
+
     def test_stop_of_before_is_removed_and_said_and_while_loading_it_counts(
         self, train: Train, run_file: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

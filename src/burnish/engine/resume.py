@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ import torch
 from burnish.core.errors import CheckpointError
 from burnish.core.log import warn
 from burnish.data.types import Source
-from burnish.engine import rng, shards
+from burnish.engine import checkpoint, rng, shards
 from burnish.engine.backend import Backend
 from burnish.engine.checkpoint import Checkpoint, flatten, unflatten
 from burnish.engine.events import State
 from burnish.engine.identity import OPTIMIZER, difference, refuse_a_longer_run, versions
 from burnish.engine.step import Stepper
 
-__all__ = ["capture", "restore", "restore_weights", "weights_of"]
+__all__ = ["capture", "refuse_other_parameters", "restore", "restore_weights", "weights_of"]
 
 
 def weights_of(policy: Any) -> dict[str, torch.Tensor]:
@@ -108,16 +109,34 @@ def restore_weights(found: Checkpoint, named_parameters: Mapping[str, torch.Tens
     Raises:
         CheckpointError: other parameters are trained now.
     """
-    different = sorted(found.weights.keys() ^ named_parameters.keys())
-    if different:
-        where = "in the checkpoint only" if different[0] in found.weights else "in this run only"
-        raise CheckpointError(f"{folder} was made with other trained parameters: {different[0]} is {where}")
+    _same_names(found.weights.keys(), named_parameters.keys(), folder)
     with torch.no_grad():
         for name, parameter in named_parameters.items():
             if parameter.shape != found.weights[name].shape:
                 shapes = f"{tuple(found.weights[name].shape)}, expected {tuple(parameter.shape)}"
                 raise CheckpointError(f"{folder}: {name} has shape {shapes}")
             parameter.copy_(found.weights[name])
+
+
+def refuse_other_parameters(root: Path, policy: Any) -> None:
+    """Makes sure, before anything is written, that the newest checkpoint under `root` that can be read is of the weights that are trained.
+
+    Raises:
+        CheckpointError: it holds others, which no setting makes this run's.
+    """
+    for folder in reversed(checkpoint.folders(root)):
+        with suppress(CheckpointError):  # damaged: for `restore` to judge
+            found = shards.weight_names(folder)
+            break
+    else:
+        return
+    _same_names(found, weights_of(policy).keys(), folder)
+
+
+def _same_names(stored: Set[str], trained: Set[str], folder: Path) -> None:
+    if different := sorted(stored ^ trained):
+        where = "in the checkpoint only" if different[0] in stored else "in this run only"
+        raise CheckpointError(f"{folder} was made with other trained parameters: {different[0]} is {where}")
 
 
 _SETTINGS = ("peak_lr", "weight_decay", "betas", "eps", "momentum")

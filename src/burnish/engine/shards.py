@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from burnish.core.errors import CheckpointError
@@ -122,6 +122,19 @@ def load(folder: Path, layout: Mapping[str, Part]) -> Checkpoint:
             rng=load_file(folder / "rng.safetensors"),
             trainer=checkpoint.trainer_of(folder),
         )
+
+
+def weight_names(folder: Path) -> set[str]:
+    """The weights that a checkpoint of either form holds, by what its files say, unverified.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    try:
+        with ExitStack() as stack:
+            return set(_open(folder, _KINDS[0], stack).shapes)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
