@@ -326,7 +326,7 @@ class Run:
         if self._mismatched and not self.config.data.streaming:
             preflight.tell_lone_answer(len(self.data.train), self._batch_size)
         resume.refuse_other_parameters(self.folder / "checkpoints", self.policy)
-        preflight.look_at_disk(self.folder, self.policy, self.backend, self.config)
+        preflight.look_at_disk(self.folder, self.policy, self.backend, self.config, self.total_steps)
         info(preflight.announcement(self.policy, self.backend, self.total_steps))
         for line in filter(None, (*preflight.notes(self.policy, self.backend, self.config), self._activations, self._compiled)):
             info(line)

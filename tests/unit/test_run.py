@@ -156,6 +156,31 @@ def test_a_disk_that_is_full_at_the_tokenizer_is_no_traceback(train: Train, monk
     assert train()[0] == 0 and Path("runs/one/model").is_dir()
 
 
+def test_room_for_the_model_is_enough_where_the_last_checkpoint_is_there(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+        assert train("adapter=null")[0] == 1
+    weights = sum(p.nbytes for p in Run.from_file("run.yaml", "adapter=null").policy.model.parameters())
+    monkeypatch.setattr("burnish.engine.preflight.free_bytes", lambda folder: weights + 1)  # a checkpoint would be three times that
+    code, said = train("adapter=null")
+    assert code == 0 and Path("runs/one/model").is_dir() and "are free" not in said
+
+
+def test_room_that_an_old_checkpoint_leaves_is_counted(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Interrupted):
+        Run.from_file("run.yaml", "adapter=null", "save.keep=1", callbacks=[SignalAt(2)]).train()
+    weights = sum(p.nbytes for p in Run.from_file("run.yaml", "adapter=null").policy.model.parameters())
+    monkeypatch.setattr("burnish.engine.preflight.free_bytes", lambda folder: 3 * weights - 1)
+    code, said = train("adapter=null", "save.keep=1")
+    assert code == 1 and "a checkpoint of 0 MB and a model of 0 MB are to be written" in said  # the old one stays until then
+    monkeypatch.setattr("burnish.engine.preflight.free_bytes", lambda folder: 3 * weights)  # then the model goes where the old one was
+    code, said = train("adapter=null", "save.keep=1")
+    assert code == 0 and "are free" not in said
+
+
 class TestInterrupted:
     def test_it_leaves_a_report_that_says_so(self, run_file: Path) -> None:
         with pytest.raises(Interrupted, match="after step 2 of 3"):

@@ -68,8 +68,17 @@ _STATE = {"adamw": 8, "paged_adamw": 8, "adamw_schedule_free": 8, "lion": 4, "mu
 """Bytes of state for each trained number, at least."""
 
 
-def look_at_disk(folder: Path, policy: Policy, backend: Backend, config: RunConfig) -> None:
+def look_at_disk(folder: Path, policy: Policy, backend: Backend, config: RunConfig, steps: int) -> None:
     """Compares the room for the run folder with what will be written there: by a lower bound, on the rank that writes.
+
+    Checkpoints that are there make room: an old one goes when a new one is written, and the model comes after that.
+
+    Args:
+        folder: The run folder.
+        policy: What is trained.
+        backend: Who writes.
+        config: What is kept.
+        steps: Of the whole run. Where the last one's checkpoint is there, only the model is still to be written.
 
     Raises:
         StorageError: there is no room for the model and, where any are written, one checkpoint. Nothing has been written by then.
@@ -83,8 +92,10 @@ def look_at_disk(folder: Path, policy: Policy, backend: Backend, config: RunConf
     copies = 2 if policy.kept_reference else 1
     one = copies * weights + sum(count for count, _ in trained.values()) * _STATE.get(config.train.optimizer.kind, 0)
     model = weights if config.adapter is not None else sum(p.numel() * p.element_size() for p in policy.model.parameters())
-    saves = config.save.every is not None or (config.save.best and config.data.eval is not None)
-    least = model + (one if saves else 0)
+    there = [checkpoint.step_of(path) for path in checkpoint.folders(folder / "checkpoints")]
+    saves = (config.save.every is not None or (config.save.best and config.data.eval is not None)) and steps not in there
+    stay = min(config.save.keep, len(there) + 1)
+    least = max(one, model + one * (stay - len(there))) if saves else model
     if free < least:
         a_checkpoint = f"a checkpoint of {_megabytes(one)} and " if saves else ""
         raise StorageError(
@@ -92,9 +103,9 @@ def look_at_disk(folder: Path, policy: Policy, backend: Backend, config: RunConf
             where=Where(file=str(folder)),
             hint="make room, or choose another output folder",
         )
-    there = len(checkpoint.folders(folder / "checkpoints"))
     kept = config.save.keep + (1 if config.save.best and config.data.eval is not None else 0)
-    most = model + one * max(1, kept + 1 - there)  # an old one goes when the new one is there
+    more = max(0, kept - len(there))
+    most = max(one * (more + 1), model + one * more)
     if saves and free < most:
         warn(
             f"{counted(kept, 'checkpoint')} of {_megabytes(one)}, one more while it is written, and a model of {_megabytes(model)} will be "

@@ -118,6 +118,16 @@ def restore_weights(found: Checkpoint, named_parameters: Mapping[str, torch.Tens
             parameter.copy_(found.weights[name])
 
 
+def written_best(root: Path) -> int | None:
+    """Step of the best checkpoint under `root` by what the newest one knows, or an older one where that best could not be written."""
+    for folder in reversed(checkpoint.folders(root)):
+        with suppress(CheckpointError, LookupError, TypeError, ValueError):  # damaged: it knows nothing
+            best = checkpoint.trainer_of(folder)["state"]["best_saved"]
+            if best is not None and checkpoint.folder_of(root, best).is_dir():
+                return best
+    return None
+
+
 def refuse_other_parameters(root: Path, policy: Any) -> None:
     """Makes sure, before anything is written, that the newest checkpoint under `root` that can be read is of the weights that are trained.
 

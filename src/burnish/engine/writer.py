@@ -58,6 +58,7 @@ class Writer:
         background: Write in a thread, where memory has room for a copy.
         active: False on ranks that do not write.
         sharding: Where the weights lie in shards: then every rank writes its own, and the first one deletes.
+        best: Step of the best checkpoint that is there already.
         delays: Seconds before each new attempt on storage that hesitates. Ranks that write together make one attempt.
     """
 
@@ -69,6 +70,7 @@ class Writer:
         background: bool = True,
         active: bool = True,
         sharding: Sharding | None = None,
+        best: int | None = None,
         delays: Sequence[float] = _DELAYS,
     ) -> None:
         self._root = root
@@ -79,7 +81,7 @@ class Writer:
         self._sharding = sharding
         self._delays = delays if sharding is None else ()
         self._thread: threading.Thread | None = None
-        self.best: int | None = None
+        self.best = best
         """Step of the best checkpoint that is written."""
         self._results: list[Written] = []
 

@@ -593,6 +593,38 @@ def test_the_best_checkpoint_is_waited_for(make_job: MakeJob, monkeypatch: pytes
     assert all(torch.equal(value, kept.weights[name]) for name, value in job.policy.trainable().items())
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_the_best_that_is_written_stays_after_a_resume(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, again: bool):
+    real, losses = checkpoint.save, iter([1.0, 2.0, 2.0, 0.5, 2.0, 2.0, 2.0])  # the best but one is that of step 1
+
+    def full(root: Path, content: checkpoint.Checkpoint) -> Path:
+        if content.step == 4:
+            raise StorageError("step 4 could not be written: no space")
+        return real(root, content)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments, **options: {"eval_loss": next(losses), "eval_seconds": 0.0})
+    settings = {"steps": 7, "evaluation": {"every": "1st"}, "save": {"every": "1st", "keep": 1, "background": False}}
+    with pytest.raises(Interrupted):
+        train(make_job(**settings, callbacks=[TouchAt(3, make_job(**settings).folder / "STOP")]))
+    if again:  # the checkpoint that it goes on from knows of step 4 as the best, which is not there
+        with pytest.raises(Interrupted):
+            train(make_job(**settings, callbacks=[TouchAt(5, make_job(**settings).folder / "STOP")]))
+    job = make_job(**settings)
+    assert train(job).state.best_saved == 4 and saved_steps(job) == [1, 7]
+    kept = checkpoint.load(job.checkpoints / "step-000001")
+    assert all(torch.equal(value, kept.weights[name]) for name, value in job.policy.trainable().items())
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"state": null}', '{"state": {"best_saved": "1"}}', '{"state": {"best_'])
+def test_a_damaged_checkpoint_knows_no_best(tmp_path: Path, text: str):
+    for step, content in ((1, '{"state": {"best_saved": 1}}'), (2, text)):
+        folder = checkpoint.folder_of(tmp_path, step)
+        folder.mkdir()
+        (folder / "trainer.json").write_text(content)
+    assert resume.written_best(tmp_path) == 1
+
+
 def test_an_evaluation_that_is_no_longer_asked_for_is_not_waited_for(make_job: MakeJob):
     settings = {"steps": 4, "evaluation": {"every": "2st"}}
     with pytest.raises(Interrupted, match="before its evaluation"):
