@@ -310,16 +310,21 @@ def test_every_objective_under_every_strategy(place: Path, tiny_model: Path, unt
         assert_same(runs["sft-whole"], shared("fsdp", runs["sft-whole"], f"kept-{n}"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_what_is_exchanged_is_what_arithmetic_says(processes: int) -> None:
+def counted(processes: int, *options: str) -> list[str]:
+    """The rows that benchmarks/communication.py prints."""
     root = Path(__file__).parents[2]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "benchmarks.communication", "--context", str(processes), "--tokens", "512", "--micro-batches", "2"]
+    command += ["-m", "benchmarks.communication", "--micro-batches", "2", *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    rows = [line for line in done.stdout.splitlines() if line.startswith(("whole model", "LoRA"))]
+    return [line for line in done.stdout.splitlines() if line.startswith(("whole model", "LoRA"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_what_is_exchanged_is_what_arithmetic_says(processes: int) -> None:
+    rows = counted(processes, "--context", str(processes), "--tokens", "512")
     assert len(rows) == 4
     assert all(row.endswith("| equal") for row in rows), rows
 
@@ -327,18 +332,7 @@ def test_what_is_exchanged_is_what_arithmetic_says(processes: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_what_is_sent_is_what_arithmetic_says(processes: int) -> None:
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*command, "-m", "benchmarks.communication", "--micro-batches", "2"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = [line for line in done.stdout.splitlines() if line.startswith(("whole model", "LoRA"))]
+    rows = counted(processes)
     assert len(rows) == (12 if processes == 4 else 10)
     assert all(row.endswith("| equal") for row in rows), rows
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from burnish.cli.output import write_new
 from burnish.cli.parts import needed_by
 from burnish.config.load import load_run
 from burnish.core.errors import BurnishError, did_you_mean
 from burnish.core.log import info, warn
-from burnish.core.storage import write_new
 
 _TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+from burnish.cli.output import write_new
 from burnish.cli.reference import reference
 from burnish.core.errors import BurnishError, ConfigError, did_you_mean
-from burnish.core.storage import write_new
 
 REFERENCE = "reference"
 _FOLDER = files("burnish.cli") / "recipes"

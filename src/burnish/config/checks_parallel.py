@@ -19,12 +19,9 @@ def strategy_uses_its_keys(run: RunConfig) -> str | None:
 @check("train.deterministic", "train.compile")
 def measuring_is_not_deterministic(run: RunConfig) -> str | None:
     """What a clock decides may differ the next time."""
-    measured = run.train.deterministic and run.train.compile == "auto"
-    return (
-        "train.compile: auto keeps what is measured to be faster, which train.deterministic cannot repeat; leave one out"
-        if measured
-        else None
-    )
+    if not run.train.deterministic or run.train.compile != "auto":
+        return None
+    return "train.compile: auto keeps what is measured to be faster, which train.deterministic cannot repeat; leave one out"
 
 
 @check("parallel.strategy", "train.optimizer", "train.compile", "train.offload_activations", "adapter.init")
