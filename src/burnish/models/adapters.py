@@ -50,10 +50,12 @@ with hidden("bitsandbytes"):
     from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, import_utils, set_peft_model_state_dict
     from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
     from peft.tuners.lora.variants import DoraLinearVariant
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"
+_SWITCH = "_disable_adapters"  # of PEFT's layers, which has no public way that leaves requires_grad alone
 _SCORE = f"base_model.model.{score.NAME}."
 _CLASSIFIERS = (score.NAME, "classifier")
 """Modules that PEFT trains in classification models, whether they are there or not."""
@@ -172,17 +174,17 @@ def merge(model: PeftModel) -> PreTrainedModel:
 
 @contextmanager
 def disabled(model: PeftModel) -> Generator[None]:
-    """Inside, the model computes exactly what its base model computes."""
-    moved = _moved_layers(model)
-    if not moved:
-        with model.disable_adapter():
-            yield
-        return
+    """Inside, the model computes exactly what its base model computes.
+
+    PEFT's own context also says of the weights that they are not trained, and afterwards that they are: of those that are in their places
+    then, which need not be the same ones where weights lie in shards.
+    """
+    moved: list[Any] = _moved_layers(model)
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                module.enable_adapters(False)
-                stack.callback(module.enable_adapters, True)
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and module not in moved:
+                stack.callback(setattr, module, _SWITCH, getattr(module, _SWITCH))
+                setattr(module, _SWITCH, True)
         for layer in moved:
             stack.enter_context(_at_start(layer))
         yield

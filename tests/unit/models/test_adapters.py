@@ -64,6 +64,7 @@ def check_round_trip(family: str, adapter: Adapter, folder: Path, *, moved: bool
     assert (trained - before).abs().max() > 1e-2
     with adapters.disabled(model):
         assert torch.equal(logits(model), before) or (moved and torch.allclose(logits(model), before, atol=5e-6))
+        assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
     assert torch.equal(logits(model), trained)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
 
