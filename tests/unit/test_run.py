@@ -127,9 +127,13 @@ def test_a_tracker_that_cannot_start_leaves_no_run_folder(train: Train, monkeypa
 
 
 def test_a_disk_that_holds_no_checkpoint_is_found_before_the_first_step(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sum(p.nbytes for p in Run.from_file("run.yaml", "adapter=null").policy.model.parameters()) / 1e6
     monkeypatch.setattr("burnish.engine.preflight.free_bytes", lambda folder: 5_000)
     code, said = train("adapter=null")
-    assert code == 1 and "runs/one: a checkpoint of 0 MB and a model of 0 MB are to be written, and 0 MB are free" in said
+    needed = (
+        f"a checkpoint of {3 * model:.2f} MB and a model of {model:.2f} MB are to be written, and 0.01 MB are free"  # weights, two moments
+    )
+    assert code == 1 and f"runs/one: {needed}" in said
     assert not Path("runs").exists()
     assert train("adapter=null", "save={every: null, best: false}")[0] == 1  # the model alone does not fit either
 
@@ -175,7 +179,8 @@ def test_room_that_an_old_checkpoint_leaves_is_counted(train: Train, monkeypatch
     weights = sum(p.nbytes for p in Run.from_file("run.yaml", "adapter=null").policy.model.parameters())
     monkeypatch.setattr("burnish.engine.preflight.free_bytes", lambda folder: 3 * weights - 1)
     code, said = train("adapter=null", "save.keep=1")
-    assert code == 1 and "a checkpoint of 0 MB and a model of 0 MB are to be written" in said  # the old one stays until then
+    needed = f"a checkpoint of {3 * weights / 1e6:.2f} MB and a model of {weights / 1e6:.2f} MB are to be written"
+    assert code == 1 and needed in said  # the old one stays until then
     monkeypatch.setattr("burnish.engine.preflight.free_bytes", lambda folder: 3 * weights)  # then the model goes where the old one was
     code, said = train("adapter=null", "save.keep=1")
     assert code == 0 and "are free" not in said

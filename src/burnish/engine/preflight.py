@@ -114,7 +114,7 @@ def look_at_disk(folder: Path, policy: Policy, backend: Backend, config: RunConf
 
 
 def _megabytes(size: float) -> str:
-    return f"{size / 1e6:,.0f} MB"
+    return f"{size / 1e6:,.0f} MB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
 
 
 def notes(policy: Policy, backend: Backend, config: RunConfig) -> list[str]:
