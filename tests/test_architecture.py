@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "src/burnish").rglob("*.py"))
 
 DOORS = {
-    "accelerate": {"engine/backend.py"},
-    "torch.distributed": {f"engine/{name}.py" for name in ("backend", "backend_context", "backend_fsdp", "backend_weights", "rendezvous")},
+    "accelerate": {"engine/backend.py", "engine/backend_trackers.py"},
+    "torch.distributed": {"engine/rendezvous.py", "engine/backend.py"}
+    | {f"engine/backend_{part}.py" for part in ("collectives", "fsdp", "tensor", "weights")},
     "peft": {"models/adapters.py"},
     "bitsandbytes": {"models/load.py", "engine/optim.py"},
     "schedulefree": {"engine/optim.py"},

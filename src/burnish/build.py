@@ -20,11 +20,13 @@ from burnish.data.types import Batch
 from burnish.engine.backend import Backend
 from burnish.models.activations import free_memory
 from burnish.models.adapters import attach
+from burnish.models.anatomy import dissect
 from burnish.models.context import refuse_heads
-from burnish.models.load import attention_heads, count_parameters, load_model, stored_bytes
+from burnish.models.load import describe, load_model, stored_bytes
 from burnish.models.patch import KernelReport
 from burnish.models.policy import Policy
 from burnish.models.score import Judges, attach_score
+from burnish.models.tensor import refuse_layers
 from burnish.models.tokenizer import add_tokens, load_tokenizer
 from burnish.objectives.base import Loss, Objective
 from burnish.objectives.distill import DistillObjective
@@ -56,11 +58,13 @@ def build_policy(
         if judges is not None:
             attach_score(trained, judges)
     # What runs on a GPU is proven on that GPU: weights that one rank has, on the host, have nothing to prove it with on all of them.
-    unproven = backend.spreads
-    policy = Policy(trained, tokenizer, attention=model.attention, kernels=model.kernels == "auto" and not unproven, verify=reads)
-    if unproven and model.kernels == "auto":
+    unproven, fast = backend.spreads, model.kernels == "auto"
+    now = fast and not unproven and backend.grid.tensor == 1  # layers that are cut are proven when they are
+    policy = Policy(trained, tokenizer, attention=model.attention, kernels=now, verify=reads)
+    if unproven and fast:
         policy.kernels = KernelReport(reason="one process loads the weights, where fast modules cannot be proven for all")
     backend.share_context(policy, verify=not unproven)
+    backend.share_layers(policy, kernels=fast)
     return policy
 
 
@@ -72,9 +76,12 @@ def settle_strategy(config: RunConfig, backend: Backend) -> None:
     """
     if backend.world_size == 1:
         return
+    described = describe(config.model)
     if backend.grid.context > 1:
-        refuse_heads(attention_heads(config.model), backend.grid.context)
-    elements, model, whole = count_parameters(config.model), config.model, config.adapter is None
+        refuse_heads(described.config.get_text_config(decoder=True).num_attention_heads, backend.grid.context)
+    if backend.grid.tensor > 1:
+        refuse_layers(dissect(described), backend.grid.tensor)
+    elements, model, whole = sum(p.numel() for p in described.parameters()), config.model, config.adapter is None
     size = 4 if whole else stored_bytes(model, backend.storage_dtype)
     rest = elements * _BYTES_PER_TRAINED if whole else 0  # an adapter's are next to nothing
     backend.settle(elements * size, rest, _free(backend), cuttable=model.quantize == "none")
@@ -124,8 +131,10 @@ def build_teacher(path: str, backend: Backend, tokenizer: PreTrainedTokenizerFas
             hint="Choose a teacher of the student's family: distillation compares the models token by token.",
         )
     whole = load_model(settings, compute_dtype=backend.storage_dtype, device=backend.device)
-    policy = Policy(whole.requires_grad_(False), tokenizer).eval()
+    alone = backend.grid.tensor == 1
+    policy = Policy(whole.requires_grad_(False), tokenizer, kernels=alone).eval()
     backend.share_context(policy)
+    backend.share_layers(policy, trains=False, kernels=True)
     return policy
 
 

@@ -253,7 +253,7 @@ class Run:
                 policy.trainable(),
                 self.config.train,
                 in_backward=self.config.train.optimizer.in_backward,
-                sharded=self.backend.sharded,
+                parted=self.backend.parted,
             ),
             backend=self.backend,
             train=self.config.train,

@@ -6,8 +6,6 @@ The ranks are threads with a copy of the model each; `test_sharded.py` has whole
 from __future__ import annotations
 
 import copy
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -31,80 +29,10 @@ from .families import DEVICE, FAMILIES, SEGMENT_BY_SEGMENT, build
 from .test_pairs import cut, lora, pairs, sides
 from .test_pairs import train_once as train_pairs
 from .test_whole_model import FAST, assert_same, batches, examples, train_once
+from .threads import together
 
 # The backward passes of all threads share one thread for each GPU, where they cannot wait for each other.
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="ranks are threads")
-
-
-class Meeting:
-    """Where threads leave what they have for each other."""
-
-    def __init__(self, size):
-        self.barrier = threading.Barrier(size, timeout=60)
-        self.said = [None] * size
-
-
-class Threads:
-    """A group of ranks that are threads, with autograd's own gradients checked against the contract: sums over all ranks' losses."""
-
-    def __init__(self, meeting, rank, size):
-        self.meeting, self.rank, self.size = meeting, rank, size
-
-    def meet(self, what, value):
-        self.meeting.said[self.rank] = (what, value)
-        self.meeting.barrier.wait()
-        said = list(self.meeting.said)
-        self.meeting.barrier.wait()
-        assert {(name, other.shape) for name, other in said} == {(what, value.shape)}, "ranks must meet in the same order"
-        return [other for _, other in said]
-
-    def exchange(self, pieces):
-        return Exchange.apply(pieces, self)
-
-    def gather(self, part):
-        return Gather.apply(part, self)
-
-
-class Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, pieces, group):
-        ctx.group = group
-        return torch.stack([theirs[group.rank] for theirs in group.meet("exchange", pieces.detach().clone())])
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return torch.stack([theirs[ctx.group.rank] for theirs in ctx.group.meet("back", gradient.clone())]), None
-
-
-class Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, part, group):
-        ctx.group = group
-        return torch.cat(group.meet("gather", part.detach().clone()))
-
-    @staticmethod
-    def backward(ctx, gradient):
-        total = torch.stack(ctx.group.meet("scatter", gradient.clone())).sum(0)
-        return total.chunk(ctx.group.size)[ctx.group.rank], None
-
-
-def together(size, work):
-    """What `work(group)` gives on each of `size` ranks; the first fault of any."""
-    meeting = Meeting(size)
-
-    def one(rank):
-        try:
-            return work(Threads(meeting, rank, size))
-        except BaseException:
-            meeting.barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(size) as pool:
-        futures = [pool.submit(one, rank) for rank in range(size)]
-    faults = [future.exception() for future in futures if future.exception() is not None]
-    for fault in sorted(faults, key=lambda fault: isinstance(fault, threading.BrokenBarrierError)):
-        raise fault
-    return [future.result() for future in futures]
 
 
 def averaged(results):

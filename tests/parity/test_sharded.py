@@ -27,6 +27,7 @@ PREFERENCES = {"train": {"path": str(ROWS / "preferences.jsonl"), "limit": 20}, 
 CONVERSATIONS = {"train": {"path": str(ROWS / "service_desk.jsonl"), "limit": 25}, "eval": 0.2, "max_length": 256}
 SPREAD = ["full", "plain", "kto"]
 ZERO = ["full", "dpo", "kto"]
+TENSOR = ["full", "lora", "dpo", "kto", "distill", "reward"]
 STEPS = 5
 Settings = dict[str, Any]
 Launch = Callable[[int, list[dict[str, Any]]], None]
@@ -44,7 +45,7 @@ def untied(tiny_model: Path, place: Path) -> Path:
 
     tied = AutoConfig.from_pretrained(tiny_model)
     torch.manual_seed(1)
-    sizes: Settings = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
+    sizes: Settings = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
     config = Qwen3Config(
         vocab_size=tied.vocab_size, num_hidden_layers=3, tie_word_embeddings=False, eos_token_id=tied.eos_token_id, **sizes
     )
@@ -163,10 +164,16 @@ def short(place: Path, tiny_model: Path, untied: Path, launch: Launch) -> dict[s
         two.append({"settings": runs[f"{name}-spread2"], "spread": True})
     for name in ("full", "pairs", "kto", "distill", "reward"):
         runs[f"{name}-context2"] = shared("ddp", runs[name], f"{name}-context2", context=2)
+    for name in TENSOR:
+        runs[f"{name}-tensor2"] = shared("ddp", runs[name], f"{name}-tensor2", tensor=2)
+    runs["swap"] = runs["full"] | {"output": str(place / "swap"), "save": {"every": "1st", "best": False}}
+    runs["repeat"] = shared("ddp", runs["swap"], "repeat", tensor=2)
     runs["hop"] = runs["full"] | {"output": str(place / "hop"), "save": {"every": "1st", "best": False}}
-    two += [{"settings": settings} for name, settings in runs.items() if name.endswith(("-fsdp2", "-context2", "-zero1", "-zero2"))]
+    two += [{"settings": settings} for name, settings in runs.items() if name.endswith(("-fsdp2", "-context2", "-tensor2", "-zero1", "-zero2"))]
     two.append({"settings": shared("ddp", runs["hop"], "hop", context=2), "stop": 2})
-    two += [{"settings": runs["again"], "stop": 3}, {"settings": runs["again"]}]
+    two += [{"settings": runs[name], **stop} for name in ("again", "repeat") for stop in ({"stop": 3}, {})]
+    swaps = [("ddp", {"tensor": 2}), ("fsdp", {}), ("ddp", {"tensor": 2})]
+    two += [{"settings": shared(way, runs["swap"], "swap", **options), "stop": n + 1} for n, (way, options) in enumerate(swaps)]
     two += [{"settings": shared("fsdp", runs["chain"], "chain"), "stop": 2}, {"settings": runs["broken"], "broken": 1}]
     launch(2, two)
     ranks.train({"settings": runs["chain"], "stop": 4})
@@ -175,8 +182,12 @@ def short(place: Path, tiny_model: Path, untied: Path, launch: Launch) -> dict[s
         runs[f"{name}-hsdp4"] = shared("hsdp", runs[name], f"{name}-hsdp4", shards=2)
     runs["pairs-context4"] = shared("ddp", runs["pairs"], "pairs-context4", context=2)
     runs["full-context4"] = shared("fsdp", runs["full"], "full-context4", context=2)
-    four = [{"settings": settings} for name, settings in runs.items() if name.endswith(("-hsdp4", "-context4"))]
+    for name in ("full", "lora"):
+        runs[f"{name}-tensor4"] = shared("ddp", runs[name], f"{name}-tensor4", tensor=2)
+    four = [{"settings": settings} for name, settings in runs.items() if name.endswith(("-hsdp4", "-context4", "-tensor4"))]
+    four.append({"settings": shared("ddp", runs["swap"], "swap", tensor=2), "stop": 4})
     launch(4, [*four, {"settings": shared("fsdp", runs["chain"], "chain")}])
+    ranks.train({"settings": runs["swap"]})
     return runs
 
 
@@ -215,6 +226,20 @@ def test_a_run_with_shared_tokens_goes_on_alone(short: dict[str, Settings]) -> N
     assert_same(short["full"], short["hop"])
 
 
+@pytest.mark.parametrize("name", TENSOR)
+def test_two_processes_that_share_layers_are_one(short: dict[str, Settings], name: str) -> None:
+    assert_same(short[name], short[f"{name}-tensor2"])
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_two_pairs_that_share_layers_are_one(short: dict[str, Settings], name: str) -> None:
+    assert_same(short[name], short[f"{name}-tensor4"])
+
+
+def test_from_shared_layers_to_shards_and_back_is_uninterrupted(short: dict[str, Settings]) -> None:
+    assert_same(short["full"], short["swap"])
+
+
 def test_the_cases_could_differ(short: dict[str, Settings], tiny_model: Path, untied: Path) -> None:
     trained = [settings for name, settings in short.items() if name != "broken"]
     assert all(moved(settings, untied if "untied" in str(settings["model"]) else tiny_model) for settings in trained)
@@ -226,10 +251,11 @@ def test_from_two_processes_to_one_to_four_is_uninterrupted(short: dict[str, Set
     assert len(list(folder.glob("model-*-of-00004.safetensors"))) == 4
 
 
-def test_resumed_on_as_many_processes_is_bit_equal(short: dict[str, Settings]) -> None:
-    assert curve(short["again"]) == curve(short["full-fsdp2"])
-    found = weights(short["again"])
-    assert all(torch.equal(value, found[name]) for name, value in weights(short["full-fsdp2"]).items())
+@pytest.mark.parametrize(("name", "way"), [("again", "fsdp2"), ("repeat", "tensor2")])
+def test_resumed_on_as_many_processes_is_bit_equal(short: dict[str, Settings], name: str, way: str) -> None:
+    assert curve(short[name]) == curve(short[f"full-{way}"])
+    found = weights(short[name])
+    assert all(torch.equal(value, found[name]) for name, value in weights(short[f"full-{way}"]).items())
 
 
 def test_a_rank_that_cannot_write_is_heard_of_on_all(short: dict[str, Settings]) -> None:
@@ -264,12 +290,20 @@ WAYS: list[tuple[int, str, Settings]] = [
     (4, "ddp", {"context": 2}),
     (4, "fsdp", {"context": 2}),
     (4, "hsdp", {"shards": 2, "context": 2}),
+    (2, "ddp", {"tensor": 2}),
+    (4, "ddp", {"tensor": 2}),
 ]
 
 
 def way_of(name: str, processes: int, strategy: str, options: Settings) -> str:
     """What a run is called."""
-    return f"{name}-{strategy}{processes}" + (f"-context{options['context']}" if "context" in options else "")
+    groups = [f"-{key}{options[key]}" for key in ("context", "tensor") if key in options]
+    return "".join((name, "-", strategy, str(processes), *groups))
+
+
+def goes(name: str, options: Settings) -> bool:
+    """Whether a run is one that can be shared so."""
+    return "tensor" not in options or name != "dora"
 
 
 @pytest.mark.slow
@@ -291,21 +325,24 @@ def test_every_objective_under_every_strategy(place: Path, tiny_model: Path, unt
     for settings in runs.values():
         ranks.train({"settings": settings})
     for processes, strategy, options in WAYS:
-        cases = [shared(strategy, run, way_of(name, processes, strategy, options), **options) for name, run in runs.items()]
+        going = [name for name in runs if goes(name, options)]
+        cases = [shared(strategy, runs[name], way_of(name, processes, strategy, options), **options) for name in going]
         launch(processes, [{"settings": settings} for settings in cases])
     kept = {"reshard": False}, {"offload": True}
     launch(2, [{"settings": shared("fsdp", runs["sft-whole"], f"kept-{n}", **options)} for n, options in enumerate(kept)])
     spread = [name for name in runs if name.endswith("-whole") or name in ("tokens", "saved", "dora", "schedule-free")]
     cases = [shared("hsdp", runs[name], f"{name}-spread4", shards=2, offload=True) for name in spread]
-    launch(4, [{"settings": settings, "spread": True} for settings in cases])
+    # A teacher is read by all.
+    launch(4, [{"settings": settings, "spread": name != "distill-whole"} for name, settings in zip(spread, cases, strict=True)])
     for name, settings in zip(spread, cases, strict=True):
         assert_same(runs[name], settings, within=3e-6)  # the model's own modules, which round in another way than the fast ones
     for name, run in runs.items():
         for processes, strategy, options in WAYS:
-            # Sums over tokens are cut, too: in float32 that moves a difference of two long sums, which DPO learns from, by its last digits.
-            # test_context.py has the same in float64.
-            within = 5e-6 if "context" in options else 1e-6
-            assert_same(run, shared(strategy, run, way_of(name, processes, strategy, options)), within)
+            # Sums over tokens or features are cut, too: in float32 that moves a difference of two long sums, which DPO learns from, by
+            # its last digits. test_context.py and test_tensor.py have the same in float64.
+            within = 5e-6 if "context" in options or "tensor" in options else 1e-6
+            if goes(name, options):
+                assert_same(run, shared(strategy, run, way_of(name, processes, strategy, options)), within)
     for n in range(len(kept)):
         assert_same(runs["sft-whole"], shared("fsdp", runs["sft-whole"], f"kept-{n}"))
 

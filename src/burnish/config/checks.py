@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from burnish.config.check import changed, check, joined, them
 from burnish.config.checks_parallel import (
-    context_divides_processes,
     going_back_needs_a_checkpoint,
+    groups_divide_processes,
     groups_share_out_the_processes,
+    layers_can_be_shared,
     measuring_is_not_deterministic,
     one_process_is_one,
     restarts_go_on,
@@ -325,8 +326,9 @@ CHECKS = (
     strategy_uses_its_keys,
     measuring_is_not_deterministic,
     shards_can_be_trained,
-    context_divides_processes,
+    groups_divide_processes,
     tokens_can_be_shared,
+    layers_can_be_shared,
     optimizer_uses_its_keys,
     schedule_uses_its_keys,
     schedule_free_has_no_curve,

@@ -51,14 +51,15 @@ ELEMENTWISE = ("adamw", "lion", "sgd", "adamw_schedule_free")
 """Optimisers whose update of one element depends on no other, so that a part of a weight is updated as in the whole."""
 
 
-@check("parallel.context", "parallel.processes")
-def context_divides_processes(run: RunConfig) -> str | None:
-    """Devices that share tokens come in groups of one size."""
-    context, processes = run.parallel.context, run.parallel.processes
-    if processes == "auto" or processes % context == 0:
-        return None
-    known = [str(size) for size in range(1, processes + 1) if processes % size == 0]
-    return f"parallel.context: {context} does not divide parallel.processes: {processes}; take one of {', '.join(known)}"
+@check("parallel.context", "parallel.tensor", "parallel.processes")
+def groups_divide_processes(run: RunConfig) -> str | None:
+    """Devices that share micro-batches come in groups of one size."""
+    parallel, processes = run.parallel, run.parallel.processes
+    for key, size in (("context", parallel.context), ("tensor", parallel.tensor)):
+        if processes != "auto" and processes % size:
+            known = [str(number) for number in range(1, processes + 1) if processes % number == 0]
+            return f"parallel.{key}: {size} does not divide parallel.processes: {processes}; take one of {', '.join(known)}"
+    return None
 
 
 @check("parallel.context", "parallel.strategy", "train.compile")
@@ -71,6 +72,27 @@ def tokens_can_be_shared(run: RunConfig) -> str | None:
     if run.train.compile == "auto":
         return "parallel.context exchanges tokens within layers, where train.compile is not tried; leave train.compile out"
     return None
+
+
+@check("parallel.tensor", "parallel.strategy", "parallel.context", "model.quantize", "adapter", "train.optimizer", "train.compile")
+def layers_can_be_shared(run: RunConfig) -> str | None:
+    """What a part of a layer can do by itself."""
+    parallel, adapter = run.parallel, run.adapter
+    if parallel.tensor == 1:
+        return None
+    shares = f"parallel.tensor: {parallel.tensor} shares the weights of each layer, and"
+    if parallel.strategy not in ("auto", "ddp"):
+        return f"{shares} goes with strategy: ddp only, found {parallel.strategy}; take ddp, or leave parallel.tensor out"
+    if parallel.context > 1:
+        return f"{shares} parallel.context the tokens of each example; leave one of them out"
+    if run.model.quantize != "none":
+        return f"{shares} model.quantize: {run.model.quantize} stores them in blocks that are not cut; leave one of them out"
+    if adapter is not None and adapter.dora:
+        return f"{shares} adapter.dora needs the lengths of whole columns; leave one of them out"
+    if adapter is not None and adapter.dropout:
+        return f"{shares} adapter.dropout would differ from that on one device; leave one of them out"
+    why = unshardable(run)
+    return f"{shares} {why}" if why else None
 
 
 @check("parallel.processes", "parallel.strategy")

@@ -288,6 +288,9 @@ class Parallel(Strict):
     context: int = Field(default=1, ge=1)
     """Neighbouring devices that share every micro-batch, each with its part of the tokens: for examples too long for one device. A divisor
     of the number of devices; goes with every strategy."""
+    tensor: int = Field(default=1, ge=1)
+    """Neighbouring devices that share the weights of every layer, and work on the same micro-batches: for models too large for one device,
+    or to have each step done sooner. A divisor of the number of devices, of attention heads and of key heads; goes with `ddp`."""
     reshard: bool = True
     """fsdp, hsdp: give a layer's weights back after the forward pass and gather them again for the backward pass. `false` sends less and
     holds all weights in between."""

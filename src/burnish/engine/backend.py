@@ -5,11 +5,9 @@ A single process pays nothing: every collective returns its argument.
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -19,15 +17,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from torch import nn
 
 from burnish.config.sections import Parallel
-from burnish.core.errors import ConfigError, DependencyError, TrainingError, Where
-from burnish.core.log import set_rank, warn
+from burnish.core.errors import ConfigError, TrainingError, Where
+from burnish.core.log import set_rank
+from burnish.engine.backend_collectives import average_gradients, gradient_norm, largest
 from burnish.engine.backend_context import ContextGroup
-from burnish.engine.backend_fsdp import Part, Sharding
+from burnish.engine.backend_fsdp import Sharding
+from burnish.engine.backend_tensor import Cut, TensorGroup
+from burnish.engine.backend_trackers import Trackers, start_trackers
 from burnish.engine.grid import Grid
+from burnish.engine.parts import Held, Part
 from burnish.kernels.allocator import keep_freed_memory
 from burnish.kernels.dispatch import cpu_has_fast_bf16
 
@@ -81,13 +82,16 @@ class Backend:
             )
         self._parallel = parallel or Parallel()
         self.strategy = _strategy(self._parallel, self.world_size)
-        self.grid = Grid(self.rank, self.world_size, context=self._parallel.context)
+        self.grid = Grid(self.rank, self.world_size, context=self._parallel.context, tensor=self._parallel.tensor)
         self.reason = ""
         self.load_device = self.device
         self.spreads = False
         """Rank 0 alone reads the weights, into the host's memory, and sends each rank its part. Known after `settle`."""
         self._sharding: Sharding | None = None
         self._context: ContextGroup | None = None
+        self._tensor: TensorGroup | None = None
+        self.held: Held | None = None
+        """What is known of weights of which each rank has a part, once it is so."""
         self.compute_dtype = resolve_precision(precision, self.device)
         self.loss_scale = LossScale() if self.compute_dtype == torch.float16 else None
         set_rank(self.rank)
@@ -107,7 +111,7 @@ class Backend:
     @property
     def data_world_size(self) -> int:
         """Ranks, or groups of them, that have micro-batches of their own."""
-        return self.world_size // self.grid.model_ranks
+        return self.grid.data_world_size
 
     @property
     def coupled(self) -> bool:
@@ -131,8 +135,11 @@ class Backend:
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
     def seed(self, seed: int, *, per_rank: bool = False) -> None:
-        """Seeds Python, NumPy and torch: `per_rank` for what must differ between ranks (dropout), without it for what must not."""
-        seed += self.rank if per_rank else 0
+        """Seeds Python, NumPy and torch: `per_rank` for what must differ between ranks (dropout), without it for what must not.
+
+        Ranks that share layers compute the same outside them, and count as one.
+        """
+        seed += self.rank // self.grid.tensor if per_rank else 0
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
@@ -147,6 +154,10 @@ class Backend:
             cuttable: Whether shards would make it smaller: quantised weights stay whole.
         """
         room = _ROOM * min(self.gather(room))
+        if self.grid.tensor > 1:
+            self.strategy = "ddp"
+            if weights > room:  # there they are cut
+                self.load_device = torch.device("cpu")
         if self.strategy == "auto":
             fits = weights + rest <= room
             self.strategy = "ddp" if fits or not cuttable else "fsdp"
@@ -197,14 +208,19 @@ class Backend:
         return self.strategy in ("fsdp", "hsdp", "zero1", "zero2")
 
     @property
+    def parted(self) -> bool:
+        """Whether each rank holds a part of weights: in shards, or as a share of every layer."""
+        return self.sharded or self.grid.tensor > 1
+
+    @property
     def sharding(self) -> Sharding | None:
         """The shards, once there are any."""
         return self._sharding
 
     @property
     def layout(self) -> dict[str, Part]:
-        """Which part of each trained weight this rank has; empty where it has all of them."""
-        return self._sharding.layout if self._sharding is not None else {}
+        """Which part of each trained weight this rank has; of one that is not in it, it has all."""
+        return self.held.layout if self.held is not None else {}
 
     def share_context(self, policy: Any, *, verify: bool = True) -> None:
         """Lets the policy share the tokens of each micro-batch with the other ranks of its group, where the run file says so.
@@ -216,6 +232,26 @@ class Backend:
             return
         self._context = self._context or ContextGroup(self.grid, self._patience)
         policy.share_context(self._context, verify=verify)
+
+    def share_layers(self, policy: Any, *, trains: bool = True, kernels: bool = False) -> None:
+        """Leaves each rank of a group its part of the policy's layers, where the run file says so.
+
+        Args:
+            policy: With whole weights.
+            trains: Whether this is the policy that is trained, whose parameters become those of rank 0.
+            kernels: Use fast modules.
+
+        Raises:
+            ConfigError: the layers cannot be shared.
+        """
+        if self.grid.tensor == 1:
+            return
+        if trains:
+            self._broadcast(policy.model)
+        self._tensor = self._tensor or TensorGroup(self.grid, self._patience)
+        cuts = policy.share_layers(self._tensor, self.device, kernels=kernels)
+        if trains:
+            self.held = Cut(policy.model, cuts, self._tensor, self.grid, self.device)
 
     def shard(self, policy: Any) -> None:
         """Cuts the policy's model into shards, where the strategy says so. Called once, when the model is complete.
@@ -237,7 +273,7 @@ class Backend:
             self._broadcast(policy.model)
         options = {"offload": self._parallel.offload, "reshard": self._parallel.reshard, "spread": self.spreads}
         stage = {"zero1": 1, "zero2": 2}.get(self.strategy, 3)
-        self._sharding = Sharding(policy.model, policy.layers, self.device, shards=self.shards, stage=stage, **options)
+        self.held = self._sharding = Sharding(policy.model, policy.layers, self.device, shards=self.shards, stage=stage, **options)
         policy.hold_shards(self._sharding)
 
     def compute(self, call: Callable[[], T]) -> T:
@@ -250,7 +286,7 @@ class Backend:
         The gradients meet in `average_gradients`. So the model stays the same object, and a policy may call any part of it (the body
         without the head), which a wrapper around `forward` would not see.
         """
-        if self._sharding is None:
+        if self.held is None:
             self._broadcast(model)
         return model
 
@@ -267,42 +303,27 @@ class Backend:
         if self._sharding is not None:
             self._sharding.before_backward(last)
 
-    def norm(self, local: torch.Tensor) -> torch.Tensor:
-        """The norm of all gradients, from that of the gradients that `average_gradients` left on this rank."""
-        return local if self._sharding is None else self._sharding.norm(local)
+    def norm(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+        """The norm of all gradients, from those that `average_gradients` left on this rank."""
+        return gradient_norm(parameters) if self.held is None else self.held.norm(parameters)
 
     def largest(self, values: torch.Tensor) -> torch.Tensor:
         """The largest of each value over the ranks, where these hold parts of the same things."""
-        return values if self._sharding is None else self._sharding.largest(values)
+        return values if self.held is None else largest(values.to(self.device))
 
     def whole(self, *, frozen: bool) -> AbstractContextManager[None]:
         """Inside, the model on rank 0 has its weights whole: the trained ones, and the `frozen` ones too if wanted."""
-        return nullcontext() if self._sharding is None else self._sharding.whole(frozen)
+        return nullcontext() if self.held is None else self.held.whole(frozen)
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replaces every gradient by its mean over the ranks, in one collective per type.
 
         A parameter without gradient on this rank (an expert that saw no token) counts as zero.
         """
-        if self.world_size == 1:
-            return
-        if self._sharding is not None:
-            self._sharding.collect()
-            return
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter)
-        for members in by_dtype.values():
-            flat = torch.cat([p.grad.flatten() for p in members if p.grad is not None])
-            dist.all_reduce(flat)
-            flat /= self.world_size
-            offset = 0
-            for parameter in members:
-                assert parameter.grad is not None
-                parameter.grad.copy_(flat[offset : offset + parameter.numel()].view_as(parameter))
-                offset += parameter.numel()
+        if self.held is not None:
+            self.held.average(parameters)
+        elif self.world_size > 1:
+            average_gradients(parameters, self.world_size)
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order."""
@@ -354,15 +375,7 @@ class Backend:
         Raises:
             DependencyError: a tracker's package is not installed, or it refuses to start. Nothing has been trained by then.
         """
-        wanted = [kind for kind in kinds if kind != "csv"]
-        for kind in wanted:
-            if importlib.util.find_spec(kind) is None:
-                raise DependencyError(
-                    f"the tracker '{kind}' needs the package {kind}, which is not installed",
-                    where=Where(field="track"),
-                    hint=f"pip install 'burnish[{kind}]'",
-                )
-        return Trackers({kind: _start(kind, name, folder, _flat(config)) for kind in wanted} if self.is_main else {})
+        return start_trackers(kinds, name=name, folder=folder, config=config, active=self.is_main)
 
 
 class LossScale:
@@ -381,31 +394,6 @@ class LossScale:
         self.good_steps += 1
         if self.good_steps >= self.growth_interval:
             self.scale, self.good_steps = self.scale * 2, 0
-
-
-class Trackers:
-    """Metrics on their way to TensorBoard, W&B, MLflow or Trackio. A tracker that fails while training is dropped with a warning."""
-
-    def __init__(self, trackers: Mapping[str, GeneralTracker]) -> None:
-        self._trackers = dict(trackers)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Sends numbers; names keep their plain form."""
-        for name, tracker in list(self._trackers.items()):
-            try:
-                tracker.log(dict(values), step=step)
-            except Exception as error:  # whatever a remote service raises must not end a run
-                del self._trackers[name]
-                warn(f"the tracker '{name}' failed and is switched off for the rest of the run: {error}")
-
-    def close(self) -> None:
-        """Flushes and ends them."""
-        for name, tracker in self._trackers.items():
-            try:
-                tracker.finish()
-            except Exception as error:
-                warn(f"the tracker '{name}' could not be closed: {error}")
-        self._trackers = {}
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
@@ -446,35 +434,3 @@ def _gib(size: float) -> str:
 
 def _has_accelerator() -> bool:
     return torch.accelerator.is_available()
-
-
-PROJECT = "burnish"
-"""What trackers file runs under, where the environment names no project; a run goes by the name of its folder."""
-
-
-def _start(kind: str, name: str, folder: Path, config: dict[str, Any]) -> GeneralTracker:
-    options: dict[str, tuple[str, dict[str, Any]]] = {
-        "tensorboard": ("tensorboard", {"logging_dir": folder}),  # the name of a folder in the run folder
-        "wandb": (os.environ.get("WANDB_PROJECT", PROJECT), {"name": name}),
-        "mlflow": (PROJECT, {"run_name": name}),  # accelerate looks at MLFLOW_EXPERIMENT_NAME
-        "trackio": (os.environ.get("TRACKIO_PROJECT", PROJECT), {"name": name}),
-    }
-    project, more = options[kind]
-    try:
-        tracker = LOGGER_TYPE_TO_CLASS[kind](project, **more)
-        tracker.start()
-        tracker.store_init_configuration(config)
-    except Exception as error:  # a missing key, no network: said before training starts, in one sentence
-        raise DependencyError(f"the tracker '{kind}' could not start: {error}", where=Where(field="track")) from error
-    return tracker
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and plain values, the form every tracker stores."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
-    return flat

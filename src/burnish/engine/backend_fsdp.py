@@ -15,9 +15,8 @@ in stage 1 the gradients too. Between steps everything lies in shards, in every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,21 +26,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from burnish.engine.backend_weights import Weights, replace_parameters
+from burnish.engine.backend_collectives import gather_objects, gather_parts, gradient_norm, group_of
+from burnish.engine.backend_weights import Weights, replaced
+from burnish.engine.parts import Part
 from burnish.objectives.base import Loss
 
-__all__ = ["Part", "Sharding"]
+__all__ = ["Sharding"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The rows `start` to `stop` of a tensor of `shape`."""
-
-    shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 class _Root(nn.Module):
@@ -105,8 +97,7 @@ class Sharding:
             weights.hand_out(model, device, lambda whole: whole[self._stretch(whole.shape[0])].to(home, copy=True))
         self._group = mesh["shards"].get_group() if self.replicas > 1 else mesh.get_group()
         # Of their own, so that a thread that saves does not meet what the training sends.
-        members = [[first + place for place in range(shards)] for first in range(0, world, shards)]
-        self._hosts: Any = [dist.new_group(ranks, backend="gloo") for ranks in members][self.replica]
+        self._hosts = group_of([range(first, first + shards) for first in range(0, world, shards)], rank, backend="gloo")
         self._everyone: Any = dist.new_group(backend="gloo")
         self.run(lambda: None)  # from here on the shards lie where they will always lie
         self._model = model
@@ -136,29 +127,21 @@ class Sharding:
         if self._stage == 1:
             self._root.set_requires_gradient_sync(last)
 
-    def collect(self) -> None:
-        """Moves the gradients, which are means over the ranks, to `trained`."""
+    def average(self, _parameters: Sequence[nn.Parameter]) -> None:
+        """Moves the gradients, which are means over the ranks by now, to `trained`."""
         for name, whole in self._wholes.items():
             self.trained[name].grad = None if whole.grad is None else _local(whole.grad)
             whole.grad = None
 
-    def norm(self, local: torch.Tensor) -> torch.Tensor:
-        """The norm of all shards from that of this rank's."""
-        total = local.detach().to(self._device).double().square()
+    def norm(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+        """The norm of all shards' gradients from that of this rank's."""
+        total = gradient_norm(parameters).detach().to(self._device).double().square()
         dist.all_reduce(total, group=self._group)
         return total.sqrt()
 
-    def largest(self, values: torch.Tensor) -> torch.Tensor:
-        """The largest of each value over the ranks."""
-        values = values.to(self._device)
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return values
-
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, by a way that a thread may use while the model trains."""
-        values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=self._everyone)
-        return values
+        return gather_objects(value, self._everyone)
 
     @contextmanager
     def rewriting(self) -> Generator[None]:
@@ -174,27 +157,18 @@ class Sharding:
         They are gathered tensor by tensor, so that nobody ever holds more than one copy beside the shards. Nobody may call the model.
         """
         self._reshard()
-        wholes: dict[int, nn.Parameter] = {}
-        for parameter in self._model.parameters():
-            if isinstance(parameter, DTensor) and (frozen or parameter.requires_grad) and self.replica == 0:
-                found = self._gathered(parameter)
-                if found is not None:
-                    wholes[id(parameter)] = nn.Parameter(found, requires_grad=parameter.requires_grad)
-        shards = {id(wholes[id(parameter)]): parameter for parameter in self._model.parameters() if id(parameter) in wholes}
-        replace_parameters(self._model, wholes)
-        try:
+        with replaced(self._model, self._gathered, frozen=frozen):
             yield
-        finally:
-            replace_parameters(self._model, shards)
 
     def _gathered(self, parameter: Any) -> torch.Tensor | None:
-        """The whole tensor on rank 0."""
+        """The whole tensor on rank 0, of one that lies in shards."""
+        if self.replica or not isinstance(parameter, DTensor):
+            return None
         local, rows = _local(parameter).cpu(), self._rows(parameter.shape[0])
         padded = local.new_zeros(rows, *local.shape[1:])
         padded[: local.shape[0]] = local
-        parts = [torch.empty_like(padded) for _ in range(self.shards)] if self.shard == 0 else None
-        dist.gather(padded, parts, group=self._hosts, group_dst=0)  # pyright: ignore[reportArgumentType]
-        return None if parts is None else torch.cat(parts)[: parameter.shape[0]]
+        parts = gather_parts(padded, self._hosts, self.shards, first=self.shard == 0)
+        return torch.cat(parts)[: parameter.shape[0]] if parts else None
 
     def _rows(self, rows: int) -> int:
         """Of a shard that is full."""
@@ -224,8 +198,3 @@ class Sharding:
 def _local(tensor: Any) -> torch.Tensor:
     """This rank's part of a DTensor, in the same memory."""
     return tensor.detach().to_local()
-
-
-def local_part(layout: Mapping[str, Part], name: str) -> Part | None:
-    """The part that this rank has of a trained weight, or of the reference's copy of it; None where it has all of it."""
-    return layout.get(name.removeprefix("reference/"))

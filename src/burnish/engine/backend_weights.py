@@ -8,7 +8,8 @@ So one process of all holds the model whole, in its host's memory, and each tens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from burnish.core.errors import TrainingError
 
-__all__ = ["Weights", "replace_parameters"]
+__all__ = ["Weights", "replace_parameters", "replaced"]
 
 
 class Weights:
@@ -96,6 +97,21 @@ def replace_parameters(model: nn.Module, by_id: Mapping[int, nn.Parameter]) -> N
         for name, parameter in owner._parameters.items():
             if parameter is not None and id(parameter) in by_id:
                 owner._parameters[name] = by_id[id(parameter)]
+
+
+@contextmanager
+def replaced(model: nn.Module, found: Callable[[nn.Parameter], torch.Tensor | None], *, frozen: bool) -> Generator[None]:
+    """Inside, the trained parameters of `model`, and the `frozen` ones too if wanted, are what `found` gives for them, where it does."""
+    there: dict[int, nn.Parameter] = {}
+    for parameter in model.parameters():
+        if (frozen or parameter.requires_grad) and (value := found(parameter)) is not None:
+            there[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    back = {id(there[id(parameter)]): parameter for parameter in model.parameters() if id(parameter) in there}
+    replace_parameters(model, there)
+    try:
+        yield
+    finally:
+        replace_parameters(model, back)
 
 
 def _held(owner: nn.Module, name: str) -> torch.Tensor | None:

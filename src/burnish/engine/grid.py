@@ -8,7 +8,8 @@ counts them, goes by data ranks and sees each group once. What differs between d
 Each rank of a group computes the loss of the whole micro-batch. Collectives within the group are differentiated as what they are (the
 gradient of a gather is the sum of all ranks' gradients), so a rank ends up with its part of the gradient of the *sum* of the group's
 `context` equal losses. The mean over all ranks, which is what every strategy reduces by, is then the mean over data ranks of the gradient
-of one loss, and a step is divided as in a run of `data_world_size` processes.
+of one loss, and a step is divided as in a run of `data_world_size` processes. Ranks that share weights each compute the gradient of one
+loss, for the weights that they have (`engine.backend_tensor`).
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ class Grid:
         return self.rank // self.tensor % self.context
 
     @property
+    def tensor_rank(self) -> int:
+        """Which part of a layer's weights is this rank's."""
+        return self.rank % self.tensor
+
+    @property
     def context_groups(self) -> list[list[int]]:
         """The ranks that share tokens, group by group, each in the order of the tokens."""
         return [
@@ -77,6 +83,16 @@ class Grid:
             for data in range(self.data_world_size)
             for tensor in range(self.tensor)
         ]
+
+    @property
+    def tensor_groups(self) -> list[list[int]]:
+        """The ranks that share weights, group by group, each in the order of their parts."""
+        return [list(range(first, first + self.tensor)) for first in range(0, self.world_size, self.tensor)]
+
+    @property
+    def equal_groups(self) -> list[list[int]]:
+        """The ranks that have the same parts of the weights."""
+        return [list(range(place, self.world_size, self.tensor)) for place in range(self.tensor)]
 
 
 def _count(processes: int) -> str:

@@ -425,7 +425,7 @@ class _Run:
 def _writer(job: Job) -> Writer:
     backend, save = job.backend, job.save
     best = resume.written_best(job.checkpoints)
-    return Writer(job.checkpoints, keep=save.keep, background=save.background, active=backend.is_main, sharding=backend.sharding, best=best)
+    return Writer(job.checkpoints, keep=save.keep, background=save.background, active=backend.is_main, held=backend.held, best=best)
 
 
 def _newest(job: Job) -> Path | None:

@@ -39,7 +39,7 @@ Builder = Callable[[list[Group], OptimizerConfig], torch.optim.Optimizer]
 
 
 def build_optimizer(
-    named_parameters: Mapping[str, nn.Parameter], train: Train, *, in_backward: bool = False, sharded: bool = False
+    named_parameters: Mapping[str, nn.Parameter], train: Train, *, in_backward: bool = False, parted: bool = False
 ) -> torch.optim.Optimizer:
     """The optimiser that the run file names, over parameter groups with their own rates and weight decay.
 
@@ -47,7 +47,7 @@ def build_optimizer(
         named_parameters: The trained parameters by full name; their order is the order of the groups.
         train: The section `train`.
         in_backward: Update each parameter within the backward pass (see `engine.combined.InBackward`).
-        sharded: The parameters are parts in memory that is not the optimiser's to move, so no flat buffers.
+        parted: The parameters are parts, which averages and norms tell from whole ones, and may not be moved: so no flat buffers.
 
     Raises:
         ConfigError: a pattern of `train.rates` matches nothing, an option means nothing to this optimiser, the device lacks it, or
@@ -56,7 +56,7 @@ def build_optimizer(
     """
     config = train.optimizer
     build, options = _OPTIMIZERS[config.kind]
-    build = _plain_adamw if sharded and build is _adamw else build
+    build = _plain_adamw if parted and build is _adamw else build
     _refuse_options_without_effect(config, options)
     groups = parameter_groups(named_parameters, train)
     if in_backward:

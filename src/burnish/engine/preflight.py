@@ -86,12 +86,12 @@ def look_at_disk(folder: Path, policy: Policy, backend: Backend, config: RunConf
     free = free_bytes(folder) if backend.is_main else None
     if free is None:
         return
-    parts = {name: math.prod(part.shape) for name, part in backend.layout.items()}
-    trained = {name: (parts.get(name, p.numel()), p.element_size()) for name, p in policy.trainable().items()}
+    trained = {name: (_size(name, p, backend), p.element_size()) for name, p in policy.trainable().items()}
     weights = sum(count * size for count, size in trained.values())
     copies = 2 if policy.kept_reference else 1
     one = copies * weights + sum(count for count, _ in trained.values()) * _STATE.get(config.train.optimizer.kind, 0)
-    model = weights if config.adapter is not None else sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    everything = policy.model.named_parameters()
+    model = weights if config.adapter is not None else sum(_size(name, p, backend) * p.element_size() for name, p in everything)
     there = [checkpoint.step_of(path) for path in checkpoint.folders(folder / "checkpoints")]
     saves = (config.save.every is not None or (config.save.best and config.data.eval is not None)) and steps not in there
     stay = min(config.save.keep, len(there) + 1)
@@ -129,8 +129,8 @@ def notes(policy: Policy, backend: Backend, config: RunConfig) -> list[str]:
 
 def announcement(policy: Policy, backend: Backend, steps: int) -> str:
     """What is about to happen, in one line."""
-    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    everything = sum(_size(p) for p in policy.model.parameters())
+    sizes = [(_size(name, parameter, backend), parameter.requires_grad) for name, parameter in policy.model.named_parameters()]
+    trained, everything = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
     devices = f"{backend.world_size} x " if backend.world_size > 1 else ""
     dtype = str(backend.compute_dtype).removeprefix("torch.")
     return (
@@ -148,7 +148,8 @@ def _sharing(backend: Backend) -> str:
         said += f": weights in {sharding.shards} shards" + (f", {sharding.replicas} times" if sharding.replicas > 1 else "")
         said += f", {sharding.replicated / 2**20:,.0f} MiB of quantised weights whole on each" if sharding.replicated else ""
     said += f" ({backend.reason})" if backend.reason else ""
-    return said + (f", every {backend.grid.context} share the tokens of a micro-batch" if backend.grid.context > 1 else "")
+    said += f", every {backend.grid.context} share the tokens of a micro-batch" if backend.grid.context > 1 else ""
+    return said + (f", every {backend.grid.tensor} share the weights of each layer" if backend.grid.tensor > 1 else "")
 
 
 def without_c(device: torch.device) -> str:
@@ -157,7 +158,9 @@ def without_c(device: torch.device) -> str:
     return f"C kernels: none, the fast modules compute in plain torch, exact but slower: {reason}" if reason else ""
 
 
-def _size(parameter: nn.Parameter) -> int:
-    """Numbers in a weight; of a quantised one, several are packed into each element."""
-    quantised = getattr(parameter, "quant_state", None)
-    return parameter.numel() if quantised is None else math.prod(quantised.shape)
+def _size(name: str, parameter: nn.Parameter, backend: Backend) -> int:
+    """Numbers in a weight, whatever part of it is here; of a quantised one, several are packed into each element."""
+    quantised, part = getattr(parameter, "quant_state", None), backend.layout.get(name)
+    if quantised is not None:
+        return math.prod(quantised.shape)
+    return parameter.numel() if part is None else math.prod(part.shape)

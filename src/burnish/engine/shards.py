@@ -1,14 +1,14 @@
-"""Checkpoints of weights that lie in shards: written by all ranks at once, read back by any number of ranks under any strategy.
+"""Checkpoints of weights that lie on several ranks in parts: written by all at once, read back by any number of them under any strategy.
 
     checkpoints/step-000123/
-        model-00001-of-00004.safetensors        the rows of each trained weight that the first shard has
+        model-00001-of-00004.safetensors        the part of each trained weight that the first rank has
         optimizer-00001-of-00004.safetensors    its part of the optimiser's state
-        shards.json                             of every tensor: its shape, and which rows are in which file
+        shards.json                             of every tensor: its shape, and which rows (or columns, ...) are in which file
         optimizer.json, rng.safetensors, trainer.json, manifest.json      as in every checkpoint (see `engine.checkpoint`)
 
 Every rank writes and hashes its own files into the unfinished folder; the first one adds the rest and renames the folder once all are
-there. A reader takes the rows that it wants out of whichever files hold them, so nobody ever has to hold a whole tensor who has but a
-part of it; the unsharded form of a checkpoint is read in the same way, and sharded ones by a single process as whole tensors.
+there. A reader takes the part that it wants out of whichever files hold it, so nobody ever has to hold a whole tensor who has but a
+part of it; the plain form of a checkpoint is read in the same way, and one in parts by a single process as whole tensors.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 
 from burnish.core.errors import CheckpointError
 from burnish.engine import checkpoint
-from burnish.engine.backend_fsdp import Part, Sharding, local_part
 from burnish.engine.checkpoint import Checkpoint, flatten, unflatten
+from burnish.engine.parts import Held, Part, local_part
 
 __all__ = ["load", "save"]
 
@@ -35,7 +35,7 @@ INDEX = checkpoint.SHARDS
 _KINDS = ("model", "optimizer")
 
 
-def save(root: Path, content: Checkpoint, sharding: Sharding) -> Path:
+def save(root: Path, content: Checkpoint, held: Held) -> Path:
     """Writes a checkpoint whose weights are this rank's parts. All ranks take part; it exists when all have written theirs, or not at all.
 
     A thread may do it while training goes on, if `content` is a copy.
@@ -43,10 +43,10 @@ def save(root: Path, content: Checkpoint, sharding: Sharding) -> Path:
     Raises:
         StorageError: on every rank, where one of them could not write.
     """
-    if not sharding.is_main:
-        _follow(content, sharding)
+    if not held.is_main:
+        _follow(content, held)
         return root / f"step-{content.step:06d}"
-    main = _Main(sharding, content)
+    main = _Main(held, content)
     error: CheckpointError | None = None
     try:
         return checkpoint.save(root, content, parts=main.write)
@@ -60,14 +60,14 @@ def save(root: Path, content: Checkpoint, sharding: Sharding) -> Path:
 class _Main:
     """The first rank, which the others follow."""
 
-    def __init__(self, sharding: Sharding, content: Checkpoint) -> None:
-        self._sharding = sharding
+    def __init__(self, held: Held, content: Checkpoint) -> None:
+        self._held = held
         self._content = content
 
     def write(self, folder: Path) -> dict[str, Any]:
         """All parts, into the unfinished checkpoint; returns what the manifest says of their files."""
-        self._sharding.gather(folder)
-        written = self._sharding.gather(_tried(folder, self._content, self._sharding))
+        self._held.gather(folder)
+        written = self._held.gather(_tried(folder, self._content, self._held))
         problems = [f"rank {rank}: {found}" for rank, found in enumerate(written) if isinstance(found, str)]
         if problems:
             raise OSError("; ".join(problems))
@@ -77,24 +77,24 @@ class _Main:
 
     def tell(self, error: CheckpointError | None) -> None:
         """How it ended: before the others had a folder to write into, or after."""
-        self._sharding.gather((type(error), error.message, error.hint) if error is not None else None)
+        self._held.gather((type(error), error.message, error.hint) if error is not None else None)
 
 
-def _follow(content: Checkpoint, sharding: Sharding) -> None:
+def _follow(content: Checkpoint, held: Held) -> None:
     """What every other rank does."""
-    said = sharding.gather(None)[0]
+    said = held.gather(None)[0]
     if isinstance(said, Path):
-        sharding.gather(_tried(said, content, sharding))
-        said = sharding.gather(None)[0]
+        held.gather(_tried(said, content, held))
+        said = held.gather(None)[0]
     if said is not None:
         kind, message, hint = said
         raise kind(message, hint=hint)
 
 
-def _tried(folder: Path, content: Checkpoint, sharding: Sharding) -> Any:
+def _tried(folder: Path, content: Checkpoint, held: Held) -> Any:
     """What `_write_parts` gives, or what is wrong."""
     try:
-        return _write_parts(folder, content, sharding)
+        return _write_parts(folder, content, held)
     except checkpoint.FAILURES as error:
         return str(error)
 
@@ -114,10 +114,10 @@ def load(folder: Path, layout: Mapping[str, Part]) -> Checkpoint:
     names = _parameter_names(structure)
     with ExitStack() as stack:
         weights, state = (_open(folder, kind, stack) for kind in _KINDS)
-        moments = {name: state.read(name, _part_of(name, shape, names, layout)) for name, shape in state.shapes.items()}
+        moments = {name: state.read(name, _part_of(name, entry.shape, names, layout)) for name, entry in state.entries.items()}
         return Checkpoint(
             step=manifest["step"],
-            weights={name: weights.read(name, local_part(layout, name)) for name in weights.shapes},
+            weights={name: weights.read(name, local_part(layout, name)) for name in weights.entries},
             optimizer=unflatten(structure, moments),
             rng=load_file(folder / "rng.safetensors"),
             trainer=checkpoint.trainer_of(folder),
@@ -132,34 +132,46 @@ def weight_names(folder: Path) -> set[str]:
     """
     try:
         with ExitStack() as stack:
-            return set(_open(folder, _KINDS[0], stack).shapes)
+            return set(_open(folder, _KINDS[0], stack).entries)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor on the disk."""
+
+    shape: tuple[int, ...]
+    dim: int  # that it is cut along
+    places: list[tuple[Any, int, int]]  # an open file, and from where to where along `dim` it holds the tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _Stored:
-    """Tensors on the disk: `places` are the file and the rows of it, each."""
+    """Tensors on the disk, by name."""
 
     folder: Path
-    shapes: dict[str, tuple[int, ...]]
-    places: dict[str, list[tuple[Any, int, int]]]  # an open file, the rows of the whole tensor that it holds
+    entries: dict[str, _Entry]
 
     def read(self, name: str, part: Part | None) -> torch.Tensor:
-        """A tensor, or the rows of it that are wanted."""
-        shape = self.shapes[name]
-        if part is not None and part.shape != shape:
-            raise CheckpointError(f"{self.folder}: {name} has shape {shape}, expected {part.shape}")
-        if not shape or (part is None and len(self.places[name]) == 1):
-            return self.places[name][0][0].get_tensor(name)
-        first, last = (part.start, part.stop) if part is not None else (0, shape[0])
-        found = [
-            file.get_slice(name)[max(first, start) - start : min(last, stop) - start]
-            for file, start, stop in self.places[name]
-            if max(first, start) < min(last, stop)
-        ]
-        # Of no rows at all, those of the first file have the right type.
-        return torch.cat(found) if found else self.places[name][0][0].get_slice(name)[0:0]
+        """A tensor, or the part of it that is wanted."""
+        entry = self.entries[name]
+        if part is not None and part.shape != entry.shape:
+            raise CheckpointError(f"{self.folder}: {name} has shape {entry.shape}, expected {part.shape}")
+        if not entry.shape or (part is None and len(entry.places) == 1):
+            return entry.places[0][0].get_tensor(name)
+        wanted = [slice(0, size) for size in entry.shape]
+        if part is not None:
+            wanted[part.dim] = slice(part.start, part.stop)
+        along = wanted[entry.dim]
+        found: list[torch.Tensor] = []
+        for file, start, stop in entry.places:
+            first, last = max(along.start, start), min(along.stop, stop)
+            # Of nothing at all, what the last file gives has the right type.
+            if first < last or (not found and file is entry.places[-1][0]):
+                here = [*wanted[: entry.dim], slice(first - start, max(first, last) - start), *wanted[entry.dim + 1 :]]
+                found.append(file.get_slice(name)[tuple(here)])
+        return torch.cat(found, dim=entry.dim)
 
 
 def _open(folder: Path, kind: str, stack: ExitStack) -> _Stored:
@@ -169,37 +181,34 @@ def _open(folder: Path, kind: str, stack: ExitStack) -> _Stored:
     if not (folder / INDEX).is_file():
         file = opened(f"{kind}.safetensors")
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # it is no mapping
-        return _Stored(folder, shapes, {name: [(file, 0, shape[0] if shape else 0)] for name, shape in shapes.items()})
+        return _Stored(folder, {name: _Entry(shape, 0, [(file, 0, shape[0] if shape else 0)]) for name, shape in shapes.items()})
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["tensors"][kind]
     files = {name: opened(name) for name in sorted({file for entry in index.values() for file, _, _ in entry["parts"]})}
-    return _Stored(
-        folder,
-        {name: tuple(entry["shape"]) for name, entry in index.items()},
-        {name: [(files[file], start, stop) for file, start, stop in entry["parts"]] for name, entry in index.items()},
-    )
+    places = {name: [(files[file], start, stop) for file, start, stop in entry["parts"]] for name, entry in index.items()}
+    return _Stored(folder, {name: _Entry(tuple(entry["shape"]), entry.get("dim", 0), places[name]) for name, entry in index.items()})
 
 
-_Parts = dict[str, dict[str, tuple[list[int], str, int, int]]]
-"""By kind and tensor: its whole shape, the file, and the rows of the whole that the file holds."""
+_Parts = dict[str, dict[str, tuple[str, Part]]]
+"""By kind and tensor: the file, and the part of the whole that it holds."""
 
 
-def _write_parts(folder: Path, content: Checkpoint, sharding: Sharding) -> tuple[dict[str, dict[str, Any]], _Parts]:
-    """Writes this rank's parts; their entries for the manifest, and where each part is. The other copies of HSDP write nothing."""
+def _write_parts(folder: Path, content: Checkpoint, held: Held) -> tuple[dict[str, dict[str, Any]], _Parts]:
+    """Writes this rank's parts; their entries for the manifest, and where each part is. The other copies of the weights write nothing."""
     names = _parameter_names(flatten(content.optimizer)[0])
     entries: dict[str, dict[str, Any]] = {}
     parts: _Parts = {kind: {} for kind in _KINDS}
-    if sharding.replica:
+    if held.replica:
         return entries, parts
     tensors = {"model": content.weights, "optimizer": flatten(content.optimizer)[1]}
     for kind in _KINDS:
-        file = f"{kind}-{sharding.shard + 1:05d}-of-{sharding.shards:05d}.safetensors"
+        file = f"{kind}-{held.shard + 1:05d}-of-{held.shards:05d}.safetensors"
         mine: dict[str, torch.Tensor] = {}
         for name, tensor in tensors[kind].items():
-            part = local_part(sharding.layout, name if kind == "model" else names.get(name.rpartition(".")[0], ""))
-            if part is not None and tensor.shape == (part.stop - part.start, *part.shape[1:]):
-                parts[kind][name] = (list(part.shape), file, part.start, part.stop)
-            elif sharding.shard == 0:  # a count of steps and the like: the same on every rank
-                parts[kind][name] = (list(tensor.shape), file, 0, tensor.shape[0] if tensor.shape else 0)
+            part = local_part(held.layout, name if kind == "model" else names.get(name.rpartition(".")[0], ""))
+            if part is not None and tensor.shape == part.size:
+                parts[kind][name] = (file, part)
+            elif held.shard == 0:  # whole weights, a count of steps and the like: the same on every rank
+                parts[kind][name] = (file, Part(tuple(tensor.shape), 0, tensor.shape[0] if tensor.shape else 0))
             else:
                 continue
             mine[name] = tensor
@@ -209,13 +218,14 @@ def _write_parts(folder: Path, content: Checkpoint, sharding: Sharding) -> tuple
 
 def _index(ranks: list[_Parts]) -> dict[str, dict[str, Any]]:
     index: dict[str, dict[str, Any]] = {kind: {} for kind in _KINDS}
-    for kind, name, (shape, *place) in _listed(ranks):
-        index[kind].setdefault(name, {"shape": shape, "parts": []})["parts"].append(place)
+    for kind, name, file, part in _listed(ranks):
+        entry = index[kind].setdefault(name, {"shape": part.shape, "parts": []} | ({"dim": part.dim} if part.dim else {}))
+        entry["parts"].append((file, part.start, part.stop))
     return index
 
 
-def _listed(ranks: list[_Parts]) -> Iterator[tuple[str, str, tuple[list[int], str, int, int]]]:
-    return ((kind, name, place) for parts in ranks for kind, found in parts.items() for name, place in found.items())
+def _listed(ranks: list[_Parts]) -> Iterator[tuple[str, str, str, Part]]:
+    return ((kind, name, *place) for parts in ranks for kind, found in parts.items() for name, place in found.items())
 
 
 def _parameter_names(structure: Any) -> dict[str, str]:

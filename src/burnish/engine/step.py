@@ -255,7 +255,7 @@ class Stepper:
             self.backend.average_gradients(self.optimizer.flat_parameters())
             return self.optimizer.gradient_norm()
         self.backend.average_gradients(self.parameters)
-        return self.backend.norm(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        return self.backend.norm(self.parameters)
 
     @torch.no_grad()
     def _apply(self, norm: float, scale: float, multiplier: float) -> None:

@@ -24,8 +24,8 @@ from burnish.core.errors import StorageError
 from burnish.core.log import warn
 from burnish.core.storage import error_number
 from burnish.engine import checkpoint, shards
-from burnish.engine.backend_fsdp import Sharding
 from burnish.engine.checkpoint import Checkpoint, flatten, unflatten
+from burnish.engine.parts import Held
 from burnish.models.activations import free_memory
 
 __all__ = ["THREAD", "Writer", "Written"]
@@ -57,7 +57,7 @@ class Writer:
         keep: How many stay, see `checkpoint.prune`.
         background: Write in a thread, where memory has room for a copy.
         active: False on ranks that do not write.
-        sharding: Where the weights lie in shards: then every rank writes its own, and the first one deletes.
+        held: Where the weights lie on several ranks in parts: then every rank writes its own, and the first one deletes.
         best: Step of the best checkpoint that is there already.
         delays: Seconds before each new attempt on storage that hesitates. Ranks that write together make one attempt.
     """
@@ -69,17 +69,17 @@ class Writer:
         keep: int,
         background: bool = True,
         active: bool = True,
-        sharding: Sharding | None = None,
+        held: Held | None = None,
         best: int | None = None,
         delays: Sequence[float] = _DELAYS,
     ) -> None:
         self._root = root
         self._keep = keep
         self._background = background
-        self._active = active or sharding is not None
+        self._active = active or held is not None
         self._prunes = active
-        self._sharding = sharding
-        self._delays = delays if sharding is None else ()
+        self._held = held
+        self._delays = delays if held is None else ()
         self._thread: threading.Thread | None = None
         self.best = best
         """Step of the best checkpoint that is written."""
@@ -118,10 +118,10 @@ class Writer:
         target = checkpoint.folder_of(self._root, content.step)
         for delay in (*self._delays, None):
             try:
-                if self._sharding is None:
+                if self._held is None:
                     checkpoint.save(self._root, content)
                 else:
-                    shards.save(self._root, content, self._sharding)
+                    shards.save(self._root, content, self._held)
             except Exception as raised:  # also what nobody expects: in a thread it would be lost
                 error = raised if isinstance(raised, StorageError) else StorageError(f"{target} could not be written: {raised}")
                 if delay is not None and _is_passing(error):

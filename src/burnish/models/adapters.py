@@ -194,12 +194,13 @@ def output_weight(model: PreTrainedModel | PeftModel) -> torch.Tensor:
     """The output head's weight [V, H] as training uses it: with a module saved whole, or with the rows of new tokens put in place."""
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head: Any = inner.get_output_embeddings()
-    if not _is_wrapper(head):
+    if not isinstance(head, AuxiliaryTrainingWrapper):
         return head.weight
     if head.disable_adapters:
         return head.original_module.weight
     adapter: Any = getattr(head, "token_adapter", None)
-    return adapter.get_merged_weights(adapter.active_adapters) if adapter is not None else head.weight
+    weight: Any = adapter.get_merged_weights(adapter.active_adapters) if adapter is not None else head.weight
+    return weight
 
 
 def is_adapted(model: object) -> TypeIs[PeftModel]:
@@ -240,7 +241,7 @@ def projection(layer: Any) -> Projection | None:
 
 def _plain(layer: Any) -> Projection | None:
     """A linear layer that is its weight, however stored, and its bias and nothing else."""
-    weight = weight_of(layer)
+    weight = None if "forward" in vars(layer) else weight_of(layer)
     return Projection(weight, layer.bias) if weight is not None and not is_hooked(layer) else None
 
 
@@ -339,10 +340,9 @@ def find_adapter(path: str) -> Path:
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterError(f"no adapter at '{path}': expected a folder with {CONFIG_FILE}")
     if not (folder / WEIGHTS_FILE).is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        why = (
-            "its weights are 'adapter_model.bin', a pickle file that can run code when it is read" if pickled else "its weights are missing"
-        )
+        why = "its weights are missing"
+        if (folder / "adapter_model.bin").is_file():
+            why = "its weights are 'adapter_model.bin', a pickle file that can run code when it is read"
         raise AdapterError(f"the adapter '{path}' cannot be loaded: {why}; expected {WEIGHTS_FILE}")
     return folder.resolve()
 
@@ -440,10 +440,6 @@ def _embedding_names(model: PreTrainedModel) -> list[str]:
 def _tied(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def _is_wrapper(module: object) -> bool:
-    return isinstance(module, AuxiliaryTrainingWrapper)
 
 
 def _number(value: float) -> Any:

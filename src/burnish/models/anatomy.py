@@ -128,6 +128,54 @@ def doubt_shared(anatomy: Anatomy, context: Context, kind: AttentionKind = "auto
     return "its tokens shared by several devices differ from those on one" if _off(anatomy, together, alone, 1e-3, 0.25) else ""
 
 
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a model gives for a dozen tokens: hidden states [T, H], and the gradients [T, H] of its embeddings for one fixed direction."""
+
+    hidden: torch.Tensor
+    gradient: torch.Tensor
+
+
+def trace(anatomy: Anatomy, kind: AttentionKind = "auto") -> Trace:
+    """Runs the model on a dozen tokens, forward and backward, in evaluation mode."""
+    leaves: list[torch.Tensor] = []
+
+    def begin(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[0]
+
+    handle = anatomy.whole.get_input_embeddings().register_forward_hook(begin)
+    try:
+        with _calm(anatomy.whole), torch.enable_grad():
+            segments = _segments(anatomy, seed=0)
+            ids, positions = _side_by_side(*segments) if anatomy.packed else segments[0]
+            packed = Packed(Forest((_LENGTHS[0], sum(_LENGTHS)), (-1, -1)), kind) if anatomy.packed else None
+            hidden = last_hidden(run(anatomy.backbone, ids, positions, packed))
+            direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden)
+            (gradient,) = torch.autograd.grad(hidden, leaves, direction)
+    finally:
+        handle.remove()
+    return Trace(hidden.detach().float(), gradient.float())
+
+
+def doubt_cut(anatomy: Anatomy, whole: Trace, kind: AttentionKind = "auto") -> str:
+    """Why ranks cannot share the layers, which have been cut, or nothing. All ranks of a group take part.
+
+    Args:
+        anatomy: The parts of the model.
+        whole: What it gave before.
+        kind: How attention is computed.
+    """
+    try:
+        found = trace(anatomy, kind)
+    except Exception as error:  # whatever a model's own code raises when it is given a part of its heads
+        return f"its code does not compute a part of its heads ({type(error).__name__}: {error})"
+    pairs = (found.hidden, whole.hidden), (found.gradient, whole.gradient)
+    if any(_off(anatomy, mine, theirs.to(mine), 1e-3, 0.25) for mine, theirs in pairs):
+        return "its layers shared by several devices differ from those on one"
+    return ""
+
+
 def _off(anatomy: Anatomy, found: torch.Tensor, expected: torch.Tensor, full: float, half: float) -> bool:
     return not _distance(found, expected) <= _tolerance(anatomy, full, half)
 

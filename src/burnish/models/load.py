@@ -101,18 +101,8 @@ def load_model(
     return loaded
 
 
-def count_parameters(model: Model) -> int:
-    """How many weights a model has, told by its configuration alone."""
-    return sum(parameter.numel() for parameter in _described(model).parameters())
-
-
-def attention_heads(model: Model) -> int:
-    """How many query heads its layers have, by the same."""
-    return int(_described(model).config.get_text_config(decoder=True).num_attention_heads)
-
-
-def _described(model: Model) -> Any:
-    """The model without weights."""
+def describe(model: Model) -> PreTrainedModel:
+    """The model that its configuration alone tells of, without weights (on the meta device)."""
     place = locate(model.path)
     with reading(model.path), quiet():
         return _without_weights(model, place, {})

@@ -30,12 +30,13 @@ from burnish.kernels.dispatch import AttentionKind
 from burnish.kernels.divergence import HeadInputs
 from burnish.kernels.linear_ce import TokenStats, default_chunk, head_stats, head_stats_module, stats_from_logits
 from burnish.kernels.logit_rows import wide_dtype
-from burnish.models import activations
+from burnish.models import activations, tensor
 from burnish.models.adapters import disabled, is_adapted
-from burnish.models.anatomy import alone, dissect, doubt_shared, half_type, probe, rehearse
+from burnish.models.anatomy import alone, dissect, doubt_cut, doubt_shared, half_type, probe, rehearse, trace
 from burnish.models.compiled import try_compile
 from burnish.models.context import Context, Group, Reach
 from burnish.models.forest import Packed, install, last_hidden, run
+from burnish.models.noise import EmbeddingNoise
 from burnish.models.offload import offload, storages
 from burnish.models.patch import KernelReport, patch
 from burnish.models.score import score_of
@@ -93,7 +94,7 @@ class Policy:
         self._shards: Shards | None = None
         self._context: Context | None = None
         self._reach: Reach | None = None
-        self._noise = _EmbeddingNoise()
+        self._noise = EmbeddingNoise()
         self._casts = Casts()
         self._offloaded: Collection[int] | None = None
         self.recomputed: Sequence[activations.Way] | activations.Way = "keep"
@@ -292,6 +293,29 @@ class Policy:
         if self._reference is not None:
             self._reference.share_context(group, verify=verify)
 
+    def share_layers(self, group: tensor.Group, device: torch.device, *, kernels: bool = False) -> tensor.Cuts:
+        """From now on each rank of a group has its part of the weights of every layer (models/tensor.py).
+
+        Args:
+            group: The ranks. All have the same weights.
+            device: Where the model goes when it is cut.
+            kernels: Put fast modules in the place of the model's own, as at construction, where it was too early for it.
+
+        Raises:
+            ConfigError: the layers cannot be shared.
+        """
+        with alone(self.model):
+            whole = trace(self.anatomy, self._attention)
+            cuts = tensor.cut(self.model, self.anatomy, group)
+            self.model.to(device)
+            self._casts = Casts()
+            if doubt := doubt_cut(self.anatomy, whole, self._attention):
+                name, where = type(self.anatomy.whole).__name__, Where(field="parallel.tensor")
+                raise ConfigError(f"the layers of {name} cannot be shared: {doubt}", where=where, hint="leave parallel.tensor out")
+            if kernels:
+                self.kernels = self._patch()
+        return cuts
+
     @property
     def device(self) -> torch.device:
         """Where batches belong."""
@@ -429,47 +453,6 @@ class Policy:
             warn(f"{name} is trained through its own full logits, exact but with more memory: {self.anatomy.doubts[0]}")
         if getattr(self.anatomy.whole.config, "output_router_logits", False):
             warn(f"{name} asks for the router's auxiliary loss (output_router_logits), which is not part of this objective")
-
-
-class _EmbeddingNoise:
-    """Uniform noise on the output of one embedding module, sized by the segment that each token belongs to."""
-
-    def __init__(self) -> None:
-        self._alpha = 0.0
-        self._handle: Any = None
-        self._lengths: torch.Tensor | None = None  # float [T]: length of each flat token's segment
-        self._now: torch.Tensor | None = None  # the same for the tokens of the call under way
-
-    def attach(self, embedding: nn.Module, alpha: float) -> None:
-        """Puts the hook on, or takes it off."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        self._alpha = alpha
-        if alpha > 0:
-            self._handle = embedding.register_forward_hook(self._add)
-
-    @contextmanager
-    def over(self, forest: Forest, device: torch.device) -> Generator[None]:
-        """While this batch is computed."""
-        if self._handle is not None:
-            lengths = torch.tensor(forest.lengths, device=device)
-            self._lengths = self._now = lengths.repeat_interleave(lengths).float()
-        try:
-            yield
-        finally:
-            self._lengths = self._now = None
-
-    def only(self, parts: list[slice]) -> None:
-        """The next call sees these flat tokens only."""
-        if self._lengths is not None:
-            self._now = torch.cat([self._lengths[part] for part in parts])
-
-    def _add(self, module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        if self._now is None or not module.training:
-            return output
-        size = self._alpha / (self._now * output.shape[-1]).sqrt()
-        return output + torch.empty_like(output).uniform_(-1, 1) * size[None, :, None].to(output.dtype)
 
 
 def _wide(head: nn.Linear, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -59,7 +59,7 @@ Message = Callable[..., str]
         ("shards_can_be_trained", ["parallel=hsdp", "train.optimizer={in_backward: true}", "train.clip=null"], "updates weights before their gradients have met; set it to false"),
         ("shards_can_be_trained", ["parallel=fsdp", "train.compile=auto"], "train.compile is not tried there; leave it out"),
         ("shards_can_be_trained", ["parallel=fsdp", "train.offload_activations=true"], "train.offload_activations does not know them; leave it out"),
-        ("context_divides_processes", ["parallel={context: 3, processes: 4}"], "command line: parallel.context: 3 does not divide parallel.processes: 4; take one of 1, 2, 4"),
+        ("groups_divide_processes", ["parallel={context: 3, processes: 4}"], "command line: parallel.context: 3 does not divide parallel.processes: 4; take one of 1, 2, 4"),
         ("tokens_can_be_shared", ["parallel={context: 2, strategy: none}"], "parallel.strategy: none means one process, and parallel.context shares examples between several; leave one of them out"),
         ("tokens_can_be_shared", ["parallel.context=2", "train.compile=auto"], "parallel.context exchanges tokens within layers, where train.compile is not tried; leave train.compile out"),
         ("shards_can_be_trained", ["parallel=fsdp", "adapter={init: pissa}"], "adapter.init: pissa takes a part out of whole weights; take another one"),

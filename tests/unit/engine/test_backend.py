@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from burnish.config.sections import Parallel
 from burnish.core.errors import ConfigError, DependencyError, TrainingError
 from burnish.engine import backend as module
+from burnish.engine import backend_trackers as trackers_module
 from burnish.engine.backend import Backend, Trackers, resolve_precision
 from burnish.engine.backend_context import ContextGroup
 from burnish.engine.grid import Grid
@@ -168,7 +169,7 @@ def test_seeds():
 @pytest.mark.parametrize("kind", ["wandb", "mlflow", "trackio", "tensorboard"])
 def test_a_missing_tracker_is_named_before_training(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, kind, None)
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DependencyError, match=f"the tracker '{kind}' needs the package {kind}") as caught:
         Backend(precision="float32", cpu=True).trackers(["csv", kind], name="run", folder=tmp_path, config={})
     assert caught.value.hint == f"pip install 'burnish[{kind}]'"
@@ -219,8 +220,8 @@ def test_runs_of_one_project_are_told_apart_by_their_folders(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setitem(module.LOGGER_TYPE_TO_CLASS, kind, Recorder)
+    monkeypatch.setattr(trackers_module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(trackers_module.LOGGER_TYPE_TO_CLASS, kind, Recorder)
     config = {"data": {"train": [{"path": "rows.jsonl"}]}, "train": {"seed": 42}}
     Backend(precision="float32", cpu=True).trackers([kind], name="first", folder=tmp_path, config=config)
     assert started == [(project, {"run_name" if kind == "mlflow" else "name": "first"})]

@@ -13,8 +13,8 @@ import torch
 
 from burnish.core.errors import CheckpointError
 from burnish.engine import checkpoint, shards
-from burnish.engine.backend_fsdp import Part
 from burnish.engine.checkpoint import Checkpoint
+from burnish.engine.parts import Part
 
 SHAPES = {"embed": (7, 3), "norm": (5,), "scale": (1,), "reference/embed": (7, 3)}
 ORDER = ["norm", "embed", "scale"]  # of the optimiser, in two groups
