@@ -375,7 +375,9 @@ def test_ranks_can_average_one_buffer(monkeypatch: pytest.MonkeyPatch):
     flat = FlatAdamW(groups(parameters))
     backend = Backend(precision="float32", cpu=True)
     reduced: list[int] = []
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, group=None: (reduced.append(tensor.numel()), tensor.add_(tensor.clone())))
+    monkeypatch.setattr(
+        "torch.distributed.all_reduce", lambda tensor, group=None: (reduced.append(tensor.numel()), tensor.add_(tensor.clone()))
+    )
     backend.world_size = 2
     gradients(parameters, 0)
     before = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
