@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc-per-node 4 -m benchmarks.communication --shape smollm2-135m --micro-batches 2
     torchrun --standalone --nproc-per-node 4 -m benchmarks.communication --context 2 --tokens 512
+    torchrun --standalone --nproc-per-node 4 -m benchmarks.communication --tensor 2 --tokens 512
 
 What weights cost does not depend on the tokens of a micro-batch, so a few are enough, and weights are random. `sent` is what one rank sends
 where the collectives go round a ring: (n - 1) / n of what is gathered, scattered or exchanged, twice that of what is reduced for all.
@@ -49,8 +50,10 @@ STRATEGIES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def strategies(context: int) -> list[tuple[str, dict[str, Any]]]:
-    """What is counted: every strategy, or those that tokens are shared under."""
+def strategies(context: int, tensor: int) -> list[tuple[str, dict[str, Any]]]:
+    """What is counted: every strategy, or those that tokens or layers are shared under."""
+    if tensor > 1:
+        return [(f"ddp, tensor: {tensor}", {"strategy": "ddp", "tensor": tensor})]
     if context == 1:
         return STRATEGIES
     return [(f"{name}, context: {context}", {"strategy": name, "context": context}) for name in ("ddp", "fsdp")]
@@ -104,7 +107,7 @@ def count(
     place: Path, parallel: dict[str, Any], adapter: dict[str, Any] | None, micro_batches: int, tokens: int
 ) -> tuple[Counted, dict[str, float]]:
     """The second step of a run, and what arithmetic says of it."""
-    ranks = dist.get_world_size() // parallel.get("context", 1)
+    ranks = dist.get_world_size() // (parallel.get("context", 1) * parallel.get("tensor", 1))
     run = Run.from_config(
         {
             "model": str(place),
@@ -136,6 +139,10 @@ def arithmetic(run: Run, parallel: dict[str, Any], micro_batches: int) -> dict[s
         seen = {id(p): p for module in modules for p in module.parameters() if p.requires_grad or not trained}
         return sum(-(-p.shape[0] // shards) * shards * (p.numel() // p.shape[0]) * p.element_size() for p in seen.values())
 
+    if backend.grid.tensor > 1:
+        parts = [p.nbytes for name, p in model.named_parameters() if p.requires_grad and name in backend.layout]
+        # Gradients of parts meet where several ranks have the same ones.
+        return {"all_reduce": of([model], True, 1) - (sum(parts) if backend.data_world_size == 1 else 0)}
     if not backend.sharded:
         return {"all_reduce": of([model], True, 1)}
     shards = backend.shards
@@ -149,11 +156,19 @@ def arithmetic(run: Run, parallel: dict[str, Any], micro_batches: int) -> dict[s
 
 def exchanged(run: Run, micro_batches: int, tokens: int) -> dict[str, float]:
     """What ranks that share T tokens exchange, by formula: each layer's queries, keys, values and outputs, forward and backward, of T / N
-    tokens; the last hidden states of all T, gathered, and their gradients; the statistics of each prediction, and their gradients."""
-    size = run.backend.grid.context
+    tokens; the last hidden states of all T, gathered, and their gradients; the statistics of each prediction, and their gradients.
+
+    Those that share layers: the output of each of a layer's two blocks, and the gradient of its input, once as N pieces that are added and
+    once as N sums that are gathered. The first block's input has no gradient where the embeddings are frozen.
+    """
+    size, grid = run.backend.grid.context, run.backend.grid
+    config: Any = run.policy.anatomy.whole.config
+    if grid.tensor > 1:
+        frozen = 0 if run.config.adapter is None else 1
+        added = 4 * micro_batches * (4 * config.num_hidden_layers - frozen) * tokens * config.hidden_size
+        return {"all_to_all": added, "all_gather": added}
     if size == 1:
         return {}
-    config: Any = run.policy.anatomy.whole.config
     width, predictions = config.hidden_size // config.num_attention_heads, -(-(tokens - 1) // size) * size
     keys = math.lcm(config.num_key_value_heads, size)
     layer = tokens // size * width * (2 * config.num_attention_heads + 2 * keys)
@@ -167,6 +182,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32, help="of a micro-batch")
     parser.add_argument("--context", type=int, default=1, help="ranks that share the tokens of a micro-batch")
+    parser.add_argument("--tensor", type=int, default=1, help="ranks that share the weights of each layer")
     options = parser.parse_args()
     dist.init_process_group("gloo")
     logging.disable(logging.WARNING)
@@ -182,7 +198,7 @@ def main() -> None:
             print("trained | strategy | all_gather | reduce_scatter | all_reduce | all_to_all | sent by a rank | other | by arithmetic")
         dist.barrier()
         for trained, adapter in (("whole model", None), ("LoRA, rank 16", {"rank": 16})):
-            for name, parallel in strategies(options.context):
+            for name, parallel in strategies(options.context, options.tensor):
                 if dist.get_world_size() % parallel.get("shards", 1) or parallel.get("shards") == dist.get_world_size():
                     continue
                 counted, expected = count(place, parallel, adapter, options.micro_batches, options.tokens)

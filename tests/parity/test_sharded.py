@@ -29,8 +29,8 @@ SPREAD = ["full", "plain", "kto"]
 ZERO = ["full", "dpo", "kto"]
 TENSOR = ["full", "lora", "dpo", "kto", "distill", "reward"]
 CUT = 5e-6
-"""Where sums over tokens or features are cut, too: in float32 that moves what is learnt from differences of long sums, and what Adam makes of
-gradients near zero, by their last digits. test_context.py and test_tensor.py have the same in float64."""
+"""Where sums over tokens or features are cut, too: in float32 that moves by its last digits what is learnt from differences of long sums,
+and what Adam makes of gradients near zero. test_context.py and test_tensor.py have the same in float64."""
 STEPS = 5
 Settings = dict[str, Any]
 Launch = Callable[[int, list[dict[str, Any]]], None]
@@ -366,6 +366,14 @@ def counted(processes: int, *options: str) -> list[str]:
 def test_what_is_exchanged_is_what_arithmetic_says(processes: int) -> None:
     rows = counted(processes, "--context", str(processes), "--tokens", "512")
     assert len(rows) == 4
+    assert all(row.endswith("| equal") for row in rows), rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_what_is_added_up_is_what_arithmetic_says(processes: int) -> None:
+    rows = counted(processes, "--tensor", "2", "--tokens", "512")
+    assert len(rows) == 2
     assert all(row.endswith("| equal") for row in rows), rows
 
 

@@ -74,11 +74,11 @@ def refuse_layers(anatomy: Anatomy, size: int) -> None:
     Raises:
         ConfigError: its family has no plan that is known here, or its heads or features cannot be cut into so many equal parts.
     """
-    units = {path: count for block in _blocks(anatomy) for path, count in block.units()}
-    if odd := next((path for path, count in units.items() if count % size), None):
-        most = gcd(*units.values())
+    units = {path: (count, kind) for block in _blocks(anatomy) for path, count, kind in block.units()}
+    if odd := next((path for path, (count, _) in units.items() if count % size), None):
+        most, (count, kind) = gcd(*(count for count, _ in units.values())), units[odd]
         raise ConfigError(
-            f"{type(anatomy.whole).__name__} cannot be shared by {size} devices: {odd} makes {units[odd]} of what has to stay together",
+            f"{size} devices cannot share the layers of {type(anatomy.whole).__name__} equally: {odd} has {count} {kind}",
             where=_WHERE,
             hint=f"take one of {', '.join(str(number) for number in range(1, most + 1) if most % number == 0)}",
         )
@@ -116,10 +116,11 @@ class _Block:
     inputs: dict[str, Any]
     norms: list[nn.Module]
 
-    def units(self) -> Iterator[tuple[str, int]]:
-        """What has to stay together: heads, or single features."""
+    def units(self) -> Iterator[tuple[str, int, str]]:
+        """What each layer that is cut by outputs has of what stays together: heads, or single features."""
+        width = getattr(self.module, "head_dim", None)
         for path, layer in self.outputs.items():
-            yield path, _base(layer).out_features // getattr(self.module, "head_dim", 1)
+            yield path, _base(layer).out_features // (width or 1), "heads" if width else "features"
 
 
 _WHERE = Where(field="parallel.tensor")

@@ -15,6 +15,7 @@ from burnish.engine import backend as module
 from burnish.engine import backend_trackers as trackers_module
 from burnish.engine.backend import Backend, Trackers, resolve_precision
 from burnish.engine.backend_context import ContextGroup
+from burnish.engine.backend_tensor import TensorGroup
 from burnish.engine.grid import Grid
 
 CPU = torch.device("cpu")
@@ -261,6 +262,20 @@ def _exchanged(rank: int) -> dict[str, object]:
     return found
 
 
+def _added(rank: int) -> dict[str, object]:
+    """What two ranks that share layers get from each other, and the gradients of their one loss; of a size that is not a multiple of 2."""
+    group = TensorGroup(Grid(rank, 2, tensor=2))
+    found: dict[str, object] = {}
+    for name in ("spread", "total"):
+        for dtype in (torch.float64, torch.bfloat16):
+            leaf = (torch.tensor([[1.0, 2.0, 3.0]]) + 10 * rank).to(dtype).requires_grad_()
+            made = getattr(group, name)(leaf)
+            (made * torch.tensor([[1.0, 2.0, 4.0]], dtype=dtype) * (rank + 1)).sum().backward()
+            assert leaf.grad is not None and made.dtype == leaf.grad.dtype == dtype
+            found[f"{name} {dtype}"] = (made.tolist(), leaf.grad.tolist())
+    return found
+
+
 def _rank(rank: int, port: int, results: str) -> None:
     import os
 
@@ -282,6 +297,7 @@ def _rank(rank: int, port: int, results: str) -> None:
         "any": backend.any(rank == 1),
         "main": backend.is_main,
         **_exchanged(rank),
+        **_added(rank),
     }
     torch.save(found, f"{results}/{rank}")
     backend.barrier()
@@ -310,3 +326,29 @@ def test_two_processes_are_one_model(tmp_path: Path):
             made, gradient = found[f"gather {dtype}"]
             assert made == [1.0, 2.0, 11.0, 12.0]
             assert gradient == ([9.0, 15.0] if rank == 0 else [21.0, 27.0])
+            # What all have, with the sum of both ranks' gradients; and the sum of what each has, with its gradient as it is.
+            made, gradient = found[f"spread {dtype}"]
+            assert (made, gradient) == ([[1.0 + 10 * rank, 2.0 + 10 * rank, 3.0 + 10 * rank]], [[3.0, 6.0, 12.0]])
+            made, gradient = found[f"total {dtype}"]
+            assert (made, gradient) == ([[12.0, 14.0, 16.0]], [[1.0 + rank, 2.0 + 2 * rank, 4.0 + 4 * rank]])
+
+
+def test_layers_are_cut_on_the_host_where_a_device_does_not_hold_them(monkeypatch: pytest.MonkeyPatch):
+    backend = Backend(precision="float32", cpu=True, parallel=Parallel(strategy="auto"))
+    monkeypatch.setattr(backend, "gather", lambda value: [value])  # pyright: ignore[reportUnknownLambdaType]
+    backend.grid, backend.strategy, backend.device = Grid(0, 2, tensor=2), "auto", torch.device("meta")
+    backend.load_device = backend.device
+    backend.settle(8.0, 0.0, 10.0)
+    assert (backend.strategy, backend.load_device, backend.spreads) == ("ddp", torch.device("meta"), False)
+    backend.settle(9.0, 0.0, 10.0)
+    assert (backend.load_device, backend.spreads) == (torch.device("cpu"), False)
+
+
+def test_ranks_that_share_layers_draw_the_same_random_numbers():
+    drawn: list[float] = []
+    for rank in range(4):
+        backend = Backend(precision="float32", cpu=True)
+        backend.rank, backend.grid = rank, Grid(rank, 4, tensor=2)
+        backend.seed(3, per_rank=True)
+        drawn.append(torch.rand(()).item())
+    assert drawn[0] == drawn[1] != drawn[2] == drawn[3]

@@ -33,6 +33,13 @@ def test_shares_of_tokens_and_of_weights_make_one_group() -> None:
         assert mine[grid.context_rank] == grid.rank
 
 
+def test_shares_of_weights_are_neighbours() -> None:
+    ranks = grids(6, tensor=3)
+    assert [(grid.data_rank, grid.tensor_rank) for grid in ranks] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert ranks[0].tensor_groups == [[0, 1, 2], [3, 4, 5]]
+    assert ranks[0].equal_groups == [[0, 3], [1, 4], [2, 5]]
+
+
 @pytest.mark.parametrize(("processes", "said"), [(1, "one process cannot"), (4, "4 processes cannot")])
 def test_what_does_not_divide_is_refused(processes: int, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:

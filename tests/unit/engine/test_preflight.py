@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from burnish.core.errors import ConfigError
 from burnish.engine import preflight
 from burnish.engine.backend import Backend
 from burnish.engine.grid import Grid
+from burnish.engine.parts import Part
 from burnish.kernels import native
 
 
@@ -53,6 +55,17 @@ def test_the_announcement_says_who_shares_tokens() -> None:
     backend.world_size, backend.strategy, backend.grid = 8, "ddp", Grid(0, 8, context=4)
     said = preflight.announcement(Trained(nn.Linear(10, 10)), backend, 1)  # pyright: ignore[reportArgumentType]
     assert said.endswith("on 8 x cpu, in float32, ddp, every 4 share the tokens of a micro-batch")
+
+
+def test_the_announcement_counts_whole_layers_that_are_shared() -> None:
+    backend = Backend(precision="float32")
+    backend.world_size, backend.strategy, backend.grid = 4, "ddp", Grid(0, 4, tensor=2)
+    backend.held = SimpleNamespace(layout={"0.weight": Part((200, 10), 0, 100)})  # pyright: ignore[reportAttributeAccessIssue]
+    model = nn.Sequential(nn.Linear(10, 100, bias=False), nn.Linear(100, 10, bias=False))
+    model[0].requires_grad_(False)
+    said = preflight.announcement(Trained(model), backend, 1)  # pyright: ignore[reportArgumentType]
+    assert said.startswith("training 1k of 3k parameters (33.33%)")
+    assert said.endswith("on 4 x cpu, in float32, ddp, every 2 share the weights of each layer")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from burnish.core.errors import CheckpointError
@@ -29,9 +30,9 @@ class Meeting:
 
 
 class Ranks:
-    """What a checkpoint asks of `backend_fsdp.Sharding`, for one of several threads."""
+    """What a checkpoint asks of `parts.Held`, for one of several threads."""
 
-    def __init__(self, meeting: Meeting, rank: int, shards: int) -> None:
+    def __init__(self, meeting: Meeting, rank: int, shards: int, layout: Callable[[int, int], dict[str, Part]]) -> None:
         self._meeting, self._rank = meeting, rank
         self.shards, self.shard, self.replica = shards, rank % shards, rank // shards
         self.is_main = rank == 0
@@ -55,6 +56,12 @@ def layout(shard: int, shards: int) -> dict[str, Part]:
     return parts
 
 
+def columns(shard: int, shards: int) -> dict[str, Part]:
+    """As layers are cut: some weights by columns, the others whole."""
+    assert shards == 3
+    return {"embed": Part(SHAPES["embed"], shard, shard + 1, dim=1)}
+
+
 def content(parts: dict[str, Part]) -> Checkpoint:
     """The same state whoever holds which part of it."""
     draw = torch.Generator().manual_seed(0)  # of its own: threads share the other one
@@ -63,7 +70,7 @@ def content(parts: dict[str, Part]) -> Checkpoint:
 
     def cut(name: str, whole: torch.Tensor) -> torch.Tensor:
         part = parts.get(name.removeprefix("reference/"))
-        return whole if part is None else whole[part.start : part.stop]
+        return whole if part is None else whole.narrow(part.dim, part.start, part.stop - part.start)
 
     state = {n: {"step": torch.tensor(4.0), "exp_avg": cut(name, moments[name])} for n, name in enumerate(ORDER)}
     groups = [{"lr": 0.1, "params": [0], "names": ORDER[:1]}, {"lr": 0.2, "params": [1, 2], "names": ORDER[1:]}]
@@ -76,11 +83,11 @@ def content(parts: dict[str, Part]) -> Checkpoint:
     )
 
 
-def save(root: Path, world: int, shards_: int) -> list[Any]:
+def save(root: Path, world: int, shards_: int, layout: Callable[[int, int], dict[str, Part]] = layout) -> list[Any]:
     meeting = Meeting(world)
 
     def one(rank: int) -> Any:
-        ranks = Ranks(meeting, rank, shards_)
+        ranks = Ranks(meeting, rank, shards_, layout)
         try:
             return shards.save(root, content(ranks.layout), ranks)  # pyright: ignore[reportArgumentType]
         except CheckpointError as error:
@@ -110,6 +117,20 @@ def test_written_by_some_and_read_by_others(tmp_path: Path, world: int, cut: int
     for reader in range(readers):
         parts = layout(reader, readers)
         assert_equal(shards.load(folder, parts), content(parts))
+
+
+@pytest.mark.parametrize("world", [3, 6])
+def test_cut_by_columns_or_by_rows_is_the_same_checkpoint(tmp_path: Path, world: int):
+    folder = tmp_path / "step-000004"
+    assert save(tmp_path, world, 3, columns) == [folder] * world
+    names = [set(safetensors.torch.load_file(file)) for file in sorted(folder.glob("model-*"))]
+    assert names == [{"embed", "norm", "scale", "reference/embed"}, {"embed", "reference/embed"}, {"embed", "reference/embed"}]
+    assert_equal(shards.load(folder, {}), content({}))
+    other = save(tmp_path / "rows", 2, 2)[0]
+    for reader in range(3):
+        for cut in (columns, layout):
+            assert_equal(shards.load(folder, cut(reader, 3)), content(cut(reader, 3)))
+            assert_equal(shards.load(other, cut(reader, 3)), content(cut(reader, 3)))
 
 
 @pytest.mark.parametrize("readers", [2, 3])
