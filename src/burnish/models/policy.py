@@ -309,9 +309,11 @@ class Policy:
             cuts = tensor.cut(self.model, self.anatomy, group)
             self.model.to(device)
             self._casts = Casts()
-            if doubt := doubt_cut(self.anatomy, whole, self._attention):
+            doubt = doubt_cut(self.anatomy, whole, self._attention)
+            if group.total(torch.tensor([1.0 if doubt else 0.0], device=device)) > 0:  # what one rank doubts by rounding, all do
                 name, where = type(self.anatomy.whole).__name__, Where(field="parallel.tensor")
-                raise ConfigError(f"the layers of {name} cannot be shared: {doubt}", where=where, hint="leave parallel.tensor out")
+                found = doubt or "another device has found that they differ from those on one"
+                raise ConfigError(f"the layers of {name} cannot be shared: {found}", where=where, hint="leave parallel.tensor out")
             if kernels:
                 self.kernels = self._patch()
         return cuts
