@@ -1,7 +1,7 @@
 """Runs that several processes train together, started by torchrun: `ranks.py CASES.json` with a list of cases.
 
 A case is {"settings": of the run, "stop": step after which a signal comes, "broken": rank that cannot write its part of a checkpoint,
-"spread": only rank 0 may read the model's weights}.
+"spread": only rank 0 may read the model's weights, "together": all ranks write checkpoints, however small}.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from burnish.core.errors import CheckpointError, Interrupted
-from burnish.engine import checkpoint
+from burnish.engine import backend, checkpoint
 from burnish.engine.events import Callback, State
 from burnish.engine.step import StepResult
 from burnish.models import load
@@ -74,6 +74,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        (refuse_to_write if "broken" in case else train)(case)
+        with patch.object(backend, "_SHARE", 1) if case.get("together") else nullcontext():
+            (refuse_to_write if "broken" in case else train)(case)
         dist.barrier()
     dist.destroy_process_group()

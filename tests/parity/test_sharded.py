@@ -177,6 +177,10 @@ def short(place: Path, tiny_model: Path, untied: Path, launch: Launch) -> dict[s
     ]
     two.append({"settings": shared("ddp", runs["hop"], "hop", context=2), "stop": 2})
     two += [{"settings": runs[name], **stop} for name in ("again", "repeat") for stop in ({"stop": 3}, {})]
+    runs["copies"] = shared("ddp", runs["swap"], "copies")
+    runs["copies-broken"] = shared("ddp", runs["swap"], "copies-broken")
+    two += [{"settings": runs["copies"], "together": True, "stop": 3}, {"settings": runs["copies"], "together": True}]
+    two.append({"settings": runs["copies-broken"], "together": True, "broken": 1})
     swaps = [("ddp", {"tensor": 2}), ("fsdp", {}), ("ddp", {"tensor": 2})]
     two += [{"settings": shared(way, runs["swap"], "swap", **options), "stop": n + 1} for n, (way, options) in enumerate(swaps)]
     two += [{"settings": shared("fsdp", runs["chain"], "chain"), "stop": 2}, {"settings": runs["broken"], "broken": 1}]
@@ -246,7 +250,7 @@ def test_from_shared_layers_to_shards_and_back_is_uninterrupted(short: dict[str,
 
 
 def test_the_cases_could_differ(short: dict[str, Settings], tiny_model: Path, untied: Path) -> None:
-    trained = [settings for name, settings in short.items() if name != "broken"]
+    trained = [settings for name, settings in short.items() if not name.endswith("broken")]
     assert all(moved(settings, untied if "untied" in str(settings["model"]) else tiny_model) for settings in trained)
 
 
@@ -263,8 +267,16 @@ def test_resumed_on_as_many_processes_is_bit_equal(short: dict[str, Settings], n
     assert all(torch.equal(value, found[name]) for name, value in weights(short[f"full-{way}"]).items())
 
 
-def test_a_rank_that_cannot_write_is_heard_of_on_all(short: dict[str, Settings]) -> None:
-    output = Path(short["broken"]["output"])
+def test_ranks_that_hold_everything_write_together_and_go_on(short: dict[str, Settings]) -> None:
+    assert_same(short["full"], short["copies"])
+    folder = Path(short["copies"]["output"]) / "checkpoints" / f"step-{STEPS:06d}"
+    sizes = [sum(file.stat().st_size for file in folder.glob(f"*-0000{rank}-of-00002.safetensors")) for rank in (1, 2)]
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+@pytest.mark.parametrize("name", ["broken", "copies-broken"])
+def test_a_rank_that_cannot_write_is_heard_of_on_all(short: dict[str, Settings], name: str) -> None:
+    output = Path(short[name]["output"])
     for rank in range(2):
         heard = (output / f"heard-{rank}").read_text()
         assert f"step-{STEPS:06d} could not be written: rank 1: [Errno 28] No space left on device" in heard

@@ -22,13 +22,13 @@ from torch import nn
 from burnish.config.sections import Parallel
 from burnish.core.errors import ConfigError, TrainingError, Where
 from burnish.core.log import set_rank
-from burnish.engine.backend_collectives import average_gradients, gradient_norm, largest
+from burnish.engine.backend_collectives import average_gradients, gather_objects, gradient_norm, largest
 from burnish.engine.backend_context import ContextGroup
 from burnish.engine.backend_fsdp import Sharding
 from burnish.engine.backend_tensor import Cut, TensorGroup
 from burnish.engine.backend_trackers import Trackers, start_trackers
 from burnish.engine.grid import Grid
-from burnish.engine.parts import Held, Part
+from burnish.engine.parts import Held, Part, Writing
 from burnish.kernels.allocator import keep_freed_memory
 from burnish.kernels.dispatch import cpu_has_fast_bf16
 
@@ -325,6 +325,14 @@ class Backend:
         elif self.world_size > 1:
             average_gradients(parameters, self.world_size)
 
+    def writing(self, size: float) -> Writing | None:
+        """The ranks that write checkpoints together, with `size` bytes of weights on this rank; None where the first one does it alone.
+
+        All ranks take part, once.
+        """
+        writers = min(self.world_size, int(size) // _SHARE)
+        return Copies(self.rank, writers) if self.held is None and writers > 1 else self.held
+
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order."""
         if self.world_size == 1:
@@ -378,6 +386,25 @@ class Backend:
         return start_trackers(kinds, name=name, folder=folder, config=config, active=self.is_main)
 
 
+class Copies:
+    """Ranks that each hold all weights, and write a checkpoint together, each its share of it.
+
+    Args:
+        rank: This process.
+        writers: How many of them write, from the first one on.
+    """
+
+    def __init__(self, rank: int, writers: int) -> None:
+        self.is_main = rank == 0
+        self.shard, self.shards, self.replica = rank % writers, writers, rank // writers
+        self.layout: dict[str, Part] = {}
+        self._everyone: Any = dist.new_group(backend="gloo")  # of its own, for the thread that saves
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order, by a way that a thread may use while the model trains."""
+        return gather_objects(value, self._everyone)
+
+
 class LossScale:
     """Dynamic loss scaling for float16 (1710.03740, section 3.2): the scale halves on overflow and doubles after many good steps."""
 
@@ -416,6 +443,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     return torch.bfloat16 if fast else torch.float32
 
 
+_SHARE = 1 << 26
+"""Bytes of weights that are worth another rank's writing."""
 _ROOM = 0.85
 """Share of a device's free memory that weights, gradients and optimiser state may fill."""
 

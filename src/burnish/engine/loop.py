@@ -424,8 +424,9 @@ class _Run:
 
 def _writer(job: Job) -> Writer:
     backend, save = job.backend, job.save
+    ranks = backend.writing(sum(weight.nbytes for weight in resume.weights_of(job.policy).values()))
     best = resume.written_best(job.checkpoints)
-    return Writer(job.checkpoints, keep=save.keep, background=save.background, active=backend.is_main, held=backend.held, best=best)
+    return Writer(job.checkpoints, keep=save.keep, background=save.background, active=backend.is_main, ranks=ranks, best=best)
 
 
 def _newest(job: Job) -> Path | None:

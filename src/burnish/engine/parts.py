@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-__all__ = ["Held", "Part", "local_part"]
+__all__ = ["Held", "Part", "Writing", "local_part"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +28,26 @@ class Part:
         return (*self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :])
 
 
-class Held(Protocol):
-    """Trained weights that lie on several ranks in parts (satisfied by `Sharding` and by `Cut`)."""
+class Writing(Protocol):
+    """Ranks that write a checkpoint together (satisfied by `Copies`, and by what holds weights in parts)."""
 
     is_main: bool
     shard: int
-    """This rank's place among those that hold one copy of the weights together."""
+    """This rank's place among those that write one copy of the weights together."""
     shards: int
     """How many those are."""
     replica: int
-    """Which of the copies is this rank's."""
+    """Which of the copies is this rank's; the first one is written."""
     layout: dict[str, Part]
     """This rank's part of each weight, of the trained ones at least; one that is not in it is whole, and the same on every rank."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order, by a way that a thread may use while the model trains."""
+        ...
+
+
+class Held(Writing, Protocol):
+    """Trained weights that lie on several ranks in parts (satisfied by `Sharding` and by `Cut`)."""
 
     def average(self, parameters: Sequence[nn.Parameter], /) -> None:
         """Replaces the gradients of all trained parameters by this rank's parts of their means over the ranks."""
@@ -51,10 +59,6 @@ class Held(Protocol):
 
     def whole(self, frozen: bool) -> AbstractContextManager[None]:
         """Inside, the model on rank 0 has its weights whole: the trained ones, and the `frozen` ones too if wanted."""
-        ...
-
-    def gather(self, value: Any) -> list[Any]:
-        """`value` of every rank, in rank order, by a way that a thread may use while the model trains."""
         ...
 
 

@@ -7,8 +7,9 @@
         optimizer.json, rng.safetensors, trainer.json, manifest.json      as in every checkpoint (see `engine.checkpoint`)
 
 Every rank writes and hashes its own files into the unfinished folder; the first one adds the rest and renames the folder once all are
-there. A reader takes the part that it wants out of whichever files hold it, so nobody ever has to hold a whole tensor who has but a
-part of it; the plain form of a checkpoint is read in the same way, and one in parts by a single process as whole tensors.
+there. Tensors that are whole on every rank are shared out by size. A reader takes the part that it wants out of whichever files hold it,
+so nobody ever has to hold a whole tensor who has but a part of it; the plain form of a checkpoint is read in the same way, and one in
+parts by a single process as whole tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 from burnish.core.errors import CheckpointError
 from burnish.engine import checkpoint
 from burnish.engine.checkpoint import Checkpoint, flatten, unflatten
-from burnish.engine.parts import Held, Part, local_part
+from burnish.engine.parts import Part, Writing, local_part
 
 __all__ = ["load", "save"]
 
@@ -35,18 +36,18 @@ INDEX = checkpoint.SHARDS
 _KINDS = ("model", "optimizer")
 
 
-def save(root: Path, content: Checkpoint, held: Held) -> Path:
-    """Writes a checkpoint whose weights are this rank's parts. All ranks take part; it exists when all have written theirs, or not at all.
+def save(root: Path, content: Checkpoint, ranks: Writing) -> Path:
+    """Writes a checkpoint with all ranks, each its parts. It exists when all have written theirs, or not at all.
 
     A thread may do it while training goes on, if `content` is a copy.
 
     Raises:
         StorageError: on every rank, where one of them could not write.
     """
-    if not held.is_main:
-        _follow(content, held)
+    if not ranks.is_main:
+        _follow(content, ranks)
         return root / f"step-{content.step:06d}"
-    main = _Main(held, content)
+    main = _Main(ranks, content)
     error: CheckpointError | None = None
     try:
         return checkpoint.save(root, content, parts=main.write)
@@ -60,14 +61,14 @@ def save(root: Path, content: Checkpoint, held: Held) -> Path:
 class _Main:
     """The first rank, which the others follow."""
 
-    def __init__(self, held: Held, content: Checkpoint) -> None:
-        self._held = held
+    def __init__(self, ranks: Writing, content: Checkpoint) -> None:
+        self._ranks = ranks
         self._content = content
 
     def write(self, folder: Path) -> dict[str, Any]:
         """All parts, into the unfinished checkpoint; returns what the manifest says of their files."""
-        self._held.gather(folder)
-        written = self._held.gather(_tried(folder, self._content, self._held))
+        self._ranks.gather(folder)
+        written = self._ranks.gather(_tried(folder, self._content, self._ranks))
         problems = [f"rank {rank}: {found}" for rank, found in enumerate(written) if isinstance(found, str)]
         if problems:
             raise OSError("; ".join(problems))
@@ -77,24 +78,24 @@ class _Main:
 
     def tell(self, error: CheckpointError | None) -> None:
         """How it ended: before the others had a folder to write into, or after."""
-        self._held.gather((type(error), error.message, error.hint) if error is not None else None)
+        self._ranks.gather((type(error), error.message, error.hint) if error is not None else None)
 
 
-def _follow(content: Checkpoint, held: Held) -> None:
+def _follow(content: Checkpoint, ranks: Writing) -> None:
     """What every other rank does."""
-    said = held.gather(None)[0]
+    said = ranks.gather(None)[0]
     if isinstance(said, Path):
-        held.gather(_tried(said, content, held))
-        said = held.gather(None)[0]
+        ranks.gather(_tried(said, content, ranks))
+        said = ranks.gather(None)[0]
     if said is not None:
         kind, message, hint = said
         raise kind(message, hint=hint)
 
 
-def _tried(folder: Path, content: Checkpoint, held: Held) -> Any:
+def _tried(folder: Path, content: Checkpoint, ranks: Writing) -> Any:
     """What `_write_parts` gives, or what is wrong."""
     try:
-        return _write_parts(folder, content, held)
+        return _write_parts(folder, content, ranks)
     except checkpoint.FAILURES as error:
         return str(error)
 
@@ -192,27 +193,48 @@ _Parts = dict[str, dict[str, tuple[str, Part]]]
 """By kind and tensor: the file, and the part of the whole that it holds."""
 
 
-def _write_parts(folder: Path, content: Checkpoint, held: Held) -> tuple[dict[str, dict[str, Any]], _Parts]:
-    """Writes this rank's parts; their entries for the manifest, and where each part is. The other copies of the weights write nothing."""
-    names = _parameter_names(flatten(content.optimizer)[0])
+def owned(content: Checkpoint, ranks: Writing) -> Checkpoint:
+    """The same, with nothing (torch's meta device) in the place of tensors that other ranks write."""
+    structure, state = flatten(content.optimizer)
+    mine = _mine(content, ranks)
+    weights, state = (
+        {name: tensor if name in mine[kind] else tensor.to("meta") for name, tensor in tensors.items()}
+        for kind, tensors in zip(_KINDS, (content.weights, state), strict=True)
+    )
+    return replace(content, weights=weights, optimizer=unflatten(structure, state))
+
+
+def _mine(content: Checkpoint, ranks: Writing) -> dict[str, dict[str, Part]]:
+    """What this rank writes, by kind and name: its parts, and its share, by size, of tensors that are whole on every rank."""
+    structure, state = flatten(content.optimizer)
+    names = _parameter_names(structure)
+    found: dict[str, dict[str, Part]] = {kind: {} for kind in _KINDS}
+    for kind, tensors in zip(_KINDS, (content.weights, state), strict=True) if ranks.replica == 0 else ():
+        whole: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            part = local_part(ranks.layout, name if kind == "model" else names.get(name.rpartition(".")[0], ""))
+            if part is not None and tensor.shape == part.size:
+                found[kind][name] = part
+            else:
+                whole[name] = tensor
+        total, before = sum(tensor.nbytes for tensor in whole.values()), 0
+        for name, tensor in whole.items():
+            if min(before * ranks.shards // max(total, 1), ranks.shards - 1) == ranks.shard:
+                found[kind][name] = Part(tuple(tensor.shape), 0, tensor.shape[0] if tensor.shape else 0)
+            before += tensor.nbytes
+    return found
+
+
+def _write_parts(folder: Path, content: Checkpoint, ranks: Writing) -> tuple[dict[str, dict[str, Any]], _Parts]:
+    """Writes what is this rank's to write; its entries for the manifest, and where each part is."""
     entries: dict[str, dict[str, Any]] = {}
     parts: _Parts = {kind: {} for kind in _KINDS}
-    if held.replica:
-        return entries, parts
     tensors = {"model": content.weights, "optimizer": flatten(content.optimizer)[1]}
-    for kind in _KINDS:
-        file = f"{kind}-{held.shard + 1:05d}-of-{held.shards:05d}.safetensors"
-        mine: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors[kind].items():
-            part = local_part(held.layout, name if kind == "model" else names.get(name.rpartition(".")[0], ""))
-            if part is not None and tensor.shape == part.size:
-                parts[kind][name] = (file, part)
-            elif held.shard == 0:  # whole weights, a count of steps and the like: the same on every rank
-                parts[kind][name] = (file, Part(tuple(tensor.shape), 0, tensor.shape[0] if tensor.shape else 0))
-            else:
-                continue
-            mine[name] = tensor
-        entries[file] = checkpoint.write_tensors(folder / file, mine)
+    for kind, mine in _mine(content, ranks).items():
+        if ranks.replica == 0:
+            file = f"{kind}-{ranks.shard + 1:05d}-of-{ranks.shards:05d}.safetensors"
+            entries[file] = checkpoint.write_tensors(folder / file, {name: tensors[kind][name] for name in mine})
+            parts[kind] = {name: (file, part) for name, part in mine.items()}
     return entries, parts
 
 

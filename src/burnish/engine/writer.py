@@ -25,7 +25,7 @@ from burnish.core.log import warn
 from burnish.core.storage import error_number
 from burnish.engine import checkpoint, shards
 from burnish.engine.checkpoint import Checkpoint, flatten, unflatten
-from burnish.engine.parts import Held
+from burnish.engine.parts import Writing
 from burnish.models.activations import free_memory
 
 __all__ = ["THREAD", "Writer", "Written"]
@@ -57,7 +57,7 @@ class Writer:
         keep: How many stay, see `checkpoint.prune`.
         background: Write in a thread, where memory has room for a copy.
         active: False on ranks that do not write.
-        held: Where the weights lie on several ranks in parts: then every rank writes its own, and the first one deletes.
+        ranks: Those that write each checkpoint together, if several do: each its own part, and the first one deletes.
         best: Step of the best checkpoint that is there already.
         delays: Seconds before each new attempt on storage that hesitates. Ranks that write together make one attempt.
     """
@@ -69,17 +69,17 @@ class Writer:
         keep: int,
         background: bool = True,
         active: bool = True,
-        held: Held | None = None,
+        ranks: Writing | None = None,
         best: int | None = None,
         delays: Sequence[float] = _DELAYS,
     ) -> None:
         self._root = root
         self._keep = keep
         self._background = background
-        self._active = active or held is not None
+        self._active = active or ranks is not None
         self._prunes = active
-        self._held = held
-        self._delays = delays if held is None else ()
+        self._ranks = ranks
+        self._delays = delays if ranks is None else ()
         self._thread: threading.Thread | None = None
         self.best = best
         """Step of the best checkpoint that is written."""
@@ -96,6 +96,8 @@ class Writer:
         if not self._active:
             return
         self.wait()
+        if self._ranks is not None:
+            content = shards.owned(content, self._ranks)
         if self._background and _size(content) < _ROOM * free_memory(torch.device("cpu")):
             copy = _copied(content)
             self._thread = threading.Thread(target=self._write, args=(copy, best), name=THREAD)
@@ -118,10 +120,10 @@ class Writer:
         target = checkpoint.folder_of(self._root, content.step)
         for delay in (*self._delays, None):
             try:
-                if self._held is None:
+                if self._ranks is None:
                     checkpoint.save(self._root, content)
                 else:
-                    shards.save(self._root, content, self._held)
+                    shards.save(self._root, content, self._ranks)
             except Exception as raised:  # also what nobody expects: in a thread it would be lost
                 error = raised if isinstance(raised, StorageError) else StorageError(f"{target} could not be written: {raised}")
                 if delay is not None and _is_passing(error):
@@ -147,13 +149,14 @@ def _is_passing(error: StorageError) -> bool:
 
 def _size(content: Checkpoint) -> int:
     _, tensors = flatten(content.optimizer)
-    return sum(tensor.nbytes for group in (content.weights, tensors, content.rng) for tensor in group.values())
+    return sum(tensor.nbytes for group in (content.weights, tensors, content.rng) for tensor in group.values() if not tensor.is_meta)
 
 
 def _copied(content: Checkpoint) -> Checkpoint:
     """The same in memory of its own, which training does not touch."""
     structure, tensors = flatten(content.optimizer)
     weights, tensors, rng = (
-        {name: tensor.detach().to("cpu", copy=True) for name, tensor in group.items()} for group in (content.weights, tensors, content.rng)
+        {name: tensor if tensor.is_meta else tensor.detach().to("cpu", copy=True) for name, tensor in group.items()}
+        for group in (content.weights, tensors, content.rng)
     )
     return replace(content, weights=weights, optimizer=unflatten(structure, tensors), rng=rng)

@@ -30,7 +30,7 @@ class Meeting:
 
 
 class Ranks:
-    """What a checkpoint asks of `parts.Held`, for one of several threads."""
+    """What a checkpoint asks of `parts.Writing`, for one of several threads."""
 
     def __init__(self, meeting: Meeting, rank: int, shards: int, layout: Callable[[int, int], dict[str, Part]]) -> None:
         self._meeting, self._rank = meeting, rank
@@ -124,13 +124,36 @@ def test_cut_by_columns_or_by_rows_is_the_same_checkpoint(tmp_path: Path, world:
     folder = tmp_path / "step-000004"
     assert save(tmp_path, world, 3, columns) == [folder] * world
     names = [set(safetensors.torch.load_file(file)) for file in sorted(folder.glob("model-*"))]
-    assert names == [{"embed", "norm", "scale", "reference/embed"}, {"embed", "reference/embed"}, {"embed", "reference/embed"}]
+    parts = {"embed", "reference/embed"}
+    assert names == [parts | {"norm"}, parts, parts | {"scale"}]  # what is whole is shared out by size
     assert_equal(shards.load(folder, {}), content({}))
     other = save(tmp_path / "rows", 2, 2)[0]
     for reader in range(3):
         for cut in (columns, layout):
             assert_equal(shards.load(folder, cut(reader, 3)), content(cut(reader, 3)))
             assert_equal(shards.load(other, cut(reader, 3)), content(cut(reader, 3)))
+
+
+@pytest.mark.parametrize(("world", "writers"), [(2, 2), (3, 3), (5, 3)])
+def test_ranks_that_hold_everything_write_a_share_each(tmp_path: Path, world: int, writers: int):
+    folder = tmp_path / "step-000004"
+    assert save(tmp_path, world, writers, lambda shard, shards: {}) == [folder] * world
+    held = [safetensors.torch.load_file(file) for file in sorted(folder.glob("*-of-*.safetensors"))]
+    assert len(held) == 2 * writers
+    names = [name for file in held for name in file]
+    assert len(names) == len(set(names)) == len(SHAPES) + 2 * len(ORDER)
+    assert_equal(shards.load(folder, {}), content({}))
+    assert_equal(shards.load(folder, layout(1, 2)), content(layout(1, 2)))
+
+
+def test_what_others_write_takes_no_memory(tmp_path: Path):
+    meeting = Meeting(2)
+    found = [shards.owned(content({}), Ranks(meeting, rank, 2, lambda shard, shards: {})) for rank in range(2)]  # pyright: ignore[reportArgumentType]
+    for name in SHAPES:
+        assert sorted(one.weights[name].is_meta for one in found) == [False, True]
+    for number in range(len(ORDER)):
+        for key in ("step", "exp_avg"):
+            assert sorted(one.optimizer["state"][number][key].is_meta for one in found) == [False, True]
 
 
 @pytest.mark.parametrize("readers", [2, 3])
