@@ -27,6 +27,9 @@ rank, calls, fault = os.environ.get("RANK", "0"), [0], os.environ.get("FAULT", "
 def loss(policy, batch):
     calls[0] += 1
     time.sleep(float(os.environ.get("SLOW", "0")))
+    holder, _, room = os.environ.get("ROOM", "").partition(":")  # from the fifth call on, a rank holds so many tokens at once
+    if holder == rank and calls[0] > 4 and len(batch.input_ids) > int(room):
+        raise MemoryError("a fault of the test")
     mark = os.environ.get("ONCE")
     if fault[0] == rank and calls[0] == int(fault[1]) and not (mark and os.path.exists(mark)):
         if mark:
@@ -194,6 +197,28 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_by_itself(project: Project) 
     assert "going on from" in printed and "Traceback" not in printed
     assert project.run("output=runs/whole")[0] == 0
     same_outcome(project, "again", "whole")
+
+
+def test_shards_that_run_out_of_memory_go_on_in_smaller_micro_batches(project: Project) -> None:
+    two = "parallel={strategy: fsdp, processes: 2}"
+    assert project.run("output=runs/whole", two)[0] == 0
+    code, printed = project.run("output=runs/smaller", two, ROOM="1:100")
+    assert code == 0, printed
+    assert re.search(r"error: rank 1: memory ran out in step \d, in micro-batches of up to \d+ tokens", printed), printed
+    assert "starting again in smaller micro-batches: going on from the last checkpoint" in printed
+    assert "memory ran out before: micro-batches have at most 80 tokens now, instead of 160" in printed
+    assert printed.count("starting again") == 1 and "going on from" in printed
+    assert project.losses("smaller") == pytest.approx(project.losses("whole"), rel=1e-5)
+    assert not (project.folder / "runs/smaller/memory.json").exists()
+
+
+@pytest.mark.slow
+def test_where_that_is_not_wanted_the_run_ends(project: Project) -> None:
+    two = ("parallel={strategy: fsdp, processes: 2}", "recovery.out_of_memory=stop")
+    code, printed = project.run(*two, ROOM="1:100")
+    assert code == 1 and "starting again" not in printed, printed
+    assert not (project.folder / "runs/first/memory.json").exists()
+    assert project.run(*two)[0] == 0
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])

@@ -11,6 +11,7 @@ Each rank is a fresh `burnish train` with the variables that torchrun would set,
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
@@ -24,20 +25,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO
+from typing import IO, Any
 
 from burnish.config.sections import Parallel
 from burnish.core.errors import BurnishError, ConfigError, TrainingError, Where
 from burnish.core.log import LAUNCHER, info, notice, print_error, warn
 from burnish.engine.rendezvous import Board, serve, verdict
 
-__all__ = ["adopt_slurm", "cause_first", "follow_launcher", "is_launched", "launch", "processes", "tell_ignored"]
+__all__ = ["MEMORY_NOTE", "adopt_slurm", "cause_first", "follow_launcher", "is_launched", "launch", "processes", "tell_ignored"]
 
+MEMORY_NOTE = "memory.json"
+"""What ranks that ran out of memory leave in the run folder (see `engine.memory`)."""
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PATIENCE = {2: 20.0, 3: 300.0}
 """Seconds that the others have for ending as the first has: with the same complaint, or with the same checkpoint."""
 _TAIL = 40  # lines of a dead rank that are shown
-_MOMENT = 3.0  # seconds
+_MOMENT = 6.0  # seconds
 _KEPT = 20_000  # lines of a rank that wait in memory for the run folder to be made
 
 
@@ -81,26 +84,37 @@ def launch(arguments: Sequence[str], count: int, *, folder: Path, restarts: int 
         arguments: Of the command line, such as `["train", "run.yaml"]`.
         count: Processes.
         folder: The run folder, which gets the output of all ranks but 0 once it is there.
-        restarts: How often they are started again when one has died.
+        restarts: How often they are started again when one has died. To go on in smaller micro-batches is none of these.
 
     Returns:
         The exit code: 0, 2 or 3 where the ranks say so, 1 where one has died, 128 + the signal where they were stopped before there was
         anything to save.
     """
     info(f"starting {count} processes on this machine")
-    attempt = 0
+    attempt, smaller = 0, 0
     while True:
+        before = _noted(folder)
         group = _Group(arguments, count, folder, attempt)
         with group.signals():
             code = group.run()
         if not group.died:
             return code
-        last = attempt == restarts or group.signalled is not None
-        print_error(_obituary(group, folder, last=last))
+        noted = _noted(folder) if _noted(folder) != before else {}
+        last = group.signalled is not None or not (noted or attempt - smaller < restarts)
+        print_error(_obituary(group, folder, said=str(noted.get("said", "")), last=last))
         if last:
             return code
-        attempt += 1
-        info(f"starting again ({attempt} of {restarts}): going on from the last checkpoint")
+        attempt, smaller = attempt + 1, smaller + bool(noted)
+        how = "in smaller micro-batches" if noted else f"({attempt - smaller} of {restarts})"
+        info(f"starting again {how}: going on from the last checkpoint")
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    """What ranks that ran out of memory have left in the run folder."""
+    try:
+        return dict(json.loads((folder / MEMORY_NOTE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 class _Rank:
@@ -288,10 +302,12 @@ class _Line:
         os.close(self._near_end)
 
 
-def _obituary(group: _Group, folder: Path, *, last: bool) -> TrainingError:
-    """What is said when the group has died."""
+def _obituary(group: _Group, folder: Path, *, said: str, last: bool) -> TrainingError:
+    """What is said when the group has died; `said` is what a rank that ran out of memory has noted."""
     first = group.died[0]
-    if group.verdict is not None:
+    if said:
+        text = said
+    elif group.verdict is not None:
         text = group.verdict
     else:
         text = first.fate()

@@ -121,7 +121,7 @@ def train(job: Job) -> Outcome:
         Requests(job.folder, active=job.backend.is_main) as requests,
         _writer(job) as writer,
     ):
-        memory = Memory(job.backend, job.source, stepper, state, job.recovery)
+        memory = Memory(job.backend, job.source, stepper, state, job.recovery, job.folder)
         run = _Run(job, state, stepper, memory, log, progress, requests, writer, saved_step=state.step if resumed_from else None)
         run.events.on_train_start(state)
         if state.evaluation_pending or (job.evaluation.at_start and state.step == 0):
@@ -395,6 +395,7 @@ class _Run:
         if job.save.best and state.best_saved is not None and state.best_saved != state.step:
             self._take_best(state.best_saved)
         use_final_weights(job.optimizer)
+        self.memory.forget()
         self.events.on_train_end(state)
 
     def _take_best(self, step: int) -> None:

@@ -69,8 +69,12 @@ class StepObjective(Protocol):
 
 
 def branch_sums(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The sum of values [K] over the predictions of each branch [B], in a fixed order of additions and without waiting for the device."""
-    return torch.segment_reduce(values, "sum", lengths=batch.extras["lengths"], unsafe=True)
+    """The sum of values [K] over the predictions of each branch [B], in a fixed order of additions and without waiting for the device.
+
+    In float64, where the device has it: preferences are learnt from small differences of long sums, whose last digit in float32 would show.
+    """
+    wide = values.dtype if values.device.type == "mps" else torch.float64
+    return torch.segment_reduce(values.to(wide), "sum", lengths=batch.extras["lengths"], unsafe=True)
 
 
 def reference_logprobs(policy: Policy, batch: Batch) -> torch.Tensor:

@@ -14,7 +14,9 @@ from burnish.config.sections import Recovery
 from burnish.core.errors import Interrupted, TrainingError
 from burnish.data.loader import Loader
 from burnish.data.types import Batch
+from burnish.engine.backend import Backend
 from burnish.engine.events import Callback, State
+from burnish.engine.launcher import MEMORY_NOTE
 from burnish.engine.loop import Job, train
 from burnish.engine.step import StepResult, is_out_of_memory
 from burnish.objectives.base import Loss
@@ -123,6 +125,45 @@ def test_where_it_is_not_wanted_the_run_ends_with_a_sentence(make_job: MakeJob) 
     job.recovery = Recovery(out_of_memory="stop")
     with pytest.raises(TrainingError, match=r"memory ran out in step 1, in micro-batches of up to \d+ tokens"):
         train(job)
+
+
+def together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that cannot leave a micro-batch alone."""
+    monkeypatch.setattr(Backend, "coupled", True)
+
+
+def test_ranks_that_wait_for_each_other_begin_again_smaller(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(make_job, "whole", Small(20), dropout=0.2)
+    train(whole)
+    together(monkeypatch)
+    with pytest.raises(TrainingError, match=r"memory ran out in step 1, in micro-batches of up to \d+ tokens") as caught:
+        train(run(make_job, "parts", Small(20), dropout=0.2))
+    assert caught.value.hint == "the same command goes on from the newest checkpoint, in micro-batches of half as many tokens"
+    again = run(make_job, "parts", Small(20), dropout=0.2)
+    assert train(again).state.halvings == 1
+    assert "memory ran out before: micro-batches have at most 20 tokens now, instead of 40" in capsys.readouterr().err
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(again)[name]), name
+    assert not (again.folder / MEMORY_NOTE).exists()
+
+
+def test_a_note_of_other_micro_batches_or_of_nonsense_is_not_heeded(make_job: MakeJob) -> None:
+    for note in ('{"micro_batch_tokens": 80, "halvings": 2}', "{}", "[]", "not json", '{"micro_batch_tokens": 40, "halvings": "x"}'):
+        job = run(make_job, f"run-{len(note)}", Small(100))
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / MEMORY_NOTE).write_text(note)
+        assert train(job).state.halvings == 0
+
+
+def test_one_example_leaves_no_note(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    together(monkeypatch)
+    job = run(make_job, "run", Small(6), tokens=1)
+    with pytest.raises(TrainingError, match="memory ran out in step 1") as caught:
+        train(job)
+    assert caught.value.hint is not None and "data.max_length" in caught.value.hint
+    assert not (job.folder / MEMORY_NOTE).exists()
 
 
 def test_an_update_is_not_repeated(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
