@@ -10,7 +10,8 @@ gradients, so the local share is multiplied by their number first. Ranks that sh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -165,25 +166,18 @@ class Stepper:
 
         Raises:
             TrainingError: micro-batches are missing, too many steps in a row were skipped or the first one was not to be, or trained
-                parameters got no gradient (see `engine.guard`), or memory ran out in the update.
+                parameters got no gradient (see `engine.guard`), or memory ran out.
         """
         scale = self.backend.loss_scale.scale if self.backend.loss_scale else 1.0
-        norm, sums = self._sums.collect(self._gradient_norm(), self.backend)
+        with _memory(f"while the gradients of step {self.step + 1} were averaged"):
+            norm, sums = self._sums.collect(self._gradient_norm(), self.backend)
         norm /= scale
         loss = self._mean_loss(sums.pop("loss", (0.0, 0.0)))
         fault = self._fault(loss, norm)
         multiplier = self.multiplier(self.step)
         if fault is None:
-            try:
+            with _memory(f"in the update of step {self.step + 1}, which may be done by half"):
                 self._apply(norm, scale, multiplier)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise TrainingError(
-                    f"memory ran out in the update of step {self.step + 1}, which may be done by half",
-                    hint="choose an optimiser with a smaller state, such as adamw_8bit, or an adapter; the same command goes on from "
-                    "the newest checkpoint",
-                ) from error
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         roll_back = self._count_skips(fault, loss, norm)
@@ -375,6 +369,25 @@ class _Sums:
         self._tensors.append(amount.detach().float())
         before = self._host.get(key, (0.0, 0.0))
         self._host[key] = (before[0], before[1] + count)
+
+
+@contextmanager
+def _memory(when: str) -> Iterator[None]:
+    """Says that memory ran out where a step cannot be repeated.
+
+    Raises:
+        TrainingError: it did.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"memory ran out {when}",
+            hint="choose an optimiser with a smaller state, such as adamw_8bit, or an adapter; the same command goes on from "
+            "the newest checkpoint",
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -177,6 +177,15 @@ def test_an_update_is_not_repeated(make_job: MakeJob, monkeypatch: pytest.Monkey
         train(job)
 
 
+def test_memory_that_runs_out_between_ranks_is_no_traceback(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(backend: Backend, parameters: object) -> None:
+        raise RuntimeError(WORDS)
+
+    monkeypatch.setattr(Backend, "average_gradients", none_left)
+    with pytest.raises(TrainingError, match="memory ran out while the gradients of step 1 were averaged"):
+        train(run(make_job, "run", Small(100)))
+
+
 def test_an_evaluation_is_repeated_too(make_job: MakeJob) -> None:
     class Narrow(Small):
         def __call__(self, policy: TinyPolicy, batch: Batch) -> Loss:
