@@ -119,8 +119,8 @@ def test_a_tracker_that_cannot_start_leaves_no_run_folder(train: Train, monkeypa
 
     real = importlib.util.find_spec  # the whole process sees the patched one
     found = lambda name, *rest: object() if name == "wandb" else real(name, *rest)  # noqa: E731
-    monkeypatch.setattr("burnish.engine.backend.importlib.util.find_spec", found)
-    monkeypatch.setattr("burnish.engine.backend.LOGGER_TYPE_TO_CLASS", {"wandb": Locked})
+    monkeypatch.setattr("burnish.engine.backend_trackers.importlib.util.find_spec", found)
+    monkeypatch.setattr("burnish.engine.backend_trackers.LOGGER_TYPE_TO_CLASS", {"wandb": Locked})
     code, said = train("track=[wandb]")
     assert code == 2 and "the tracker 'wandb' could not start: no API key" in said
     assert not Path("runs").exists()

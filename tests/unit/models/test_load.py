@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from burnish.config.sections import Model
 from burnish.core.errors import ConfigError, DependencyError, ModelError
 from burnish.models import load as module
-from burnish.models.load import attention_heads, fit_vocabulary, load_model
+from burnish.models.load import describe, fit_vocabulary, load_model
 from burnish.models.tokenizer import load_tokenizer
 
 from .conftest import FAMILIES, build
@@ -225,7 +225,7 @@ def test_heads_that_devices_cannot_share_are_refused_before_weights_are_loaded(
     from burnish.engine.backend import Backend
     from burnish.engine.grid import Grid
 
-    assert attention_heads(Model(path=str(tiny_model))) == 4
+    assert describe(Model(path=str(tiny_model))).config.num_attention_heads == 4
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     run = parse_run({"model": str(tiny_model), "data": {"train": "rows.jsonl"}, "parallel": {"context": 3}}, base=tmp_path).config
     backend = Backend(precision="float32", cpu=True)
