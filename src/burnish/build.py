@@ -69,7 +69,7 @@ def build_policy(
 
 
 def settle_strategy(config: RunConfig, backend: Backend) -> None:
-    """Chooses how several devices share the work, before the weights are loaded to where that wants them.
+    """Chooses how several devices share the work, before rows are read and weights are loaded to where that wants them.
 
     Raises:
         ConfigError: the model fits on no device, and the run is one that shards do not allow, or its attention heads cannot be shared.
@@ -78,9 +78,9 @@ def settle_strategy(config: RunConfig, backend: Backend) -> None:
         return
     described = describe(config.model)
     if backend.grid.context > 1:
-        refuse_heads(described.config.get_text_config(decoder=True).num_attention_heads, backend.grid.context)
+        refuse_heads(described.config.get_text_config(decoder=True).num_attention_heads, backend.grid.context, backend.world_size)
     if backend.grid.tensor > 1:
-        refuse_layers(dissect(described), backend.grid.tensor)
+        refuse_layers(dissect(described), backend.grid.tensor, backend.world_size)
     elements, model, whole = sum(p.numel() for p in described.parameters()), config.model, config.adapter is None
     size = 4 if whole else stored_bytes(model, backend.storage_dtype)
     rest = elements * _BYTES_PER_TRAINED if whole else 0  # an adapter's are next to nothing

@@ -107,9 +107,11 @@ class Run:
 
     @cached_property
     def backend(self) -> Backend:
-        """Devices and precision."""
+        """Devices and precision, and how they share the work."""
         parallel, train = self.config.parallel, self.config.train
-        return Backend(precision=train.precision, parallel=parallel, timeout=parallel.timeout, deterministic=train.deterministic)
+        backend = Backend(precision=train.precision, parallel=parallel, timeout=parallel.timeout, deterministic=train.deterministic)
+        settle_strategy(self.config, backend)
+        return backend
 
     @cached_property
     def watchdog(self) -> Watchdog:
@@ -213,7 +215,6 @@ class Run:
         model = self.config.model
         with busy(f"loading {model.path}", spinner=locate(model.path).kind != "hub"):  # a download has a bar of its own
             judges = None if isinstance(self.config.objective, Plugin) else self.config.objective.judges
-            settle_strategy(self.config, self.backend)
             policy = build_policy(model, self.config.adapter, self.backend, self.tokenizer, judges=judges)
             self._activations = fit_activations(self.config.train, policy, self.backend, self.micro_batch_tokens)
             if self.config.train.compile == "auto":
@@ -439,7 +440,7 @@ class Run:
         if asked == "never" and (self._files.note.is_file() or checkpoint.newest(self.folder / "checkpoints") is not None):
             raise CheckpointError(
                 f"{self.folder} holds a run already, and resume is 'never'",
-                hint="Choose another output folder, or resume: auto to go on with this run.",
+                hint="choose another output folder, or resume: auto to go on with this run",
             )
         if total is not None or asked != "force":
             refuse_another_run(self.folder, identity, total, force=asked == "force")

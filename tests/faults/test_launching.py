@@ -256,13 +256,27 @@ def test_a_killed_launcher_leaves_a_checkpoint_and_no_process(project: Project) 
     assert list((project.folder / "runs/first/checkpoints").glob("step-*"))
 
 
-@pytest.mark.slow
-def test_stopped_before_there_is_anything_to_save(project: Project) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moment", [0.0, *(pytest.param(moment, marks=pytest.mark.slow) for moment in (0.3, 0.8, 1.5))])
+def test_stopped_before_there_is_anything_to_save(project: Project, number: signal.Signals, moment: float) -> None:
     process = project.start("parallel.processes=2")
     until(lambda: len(project.ranks(process)) == 2)
+    time.sleep(moment)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 3 and "Traceback" not in printed, printed
+    assert printed.count(f"stopped by {number.name}") == 1 and "run the same command again to go on" in printed, printed
+
+
+@pytest.mark.parametrize("moment", [0.8, *(pytest.param(moment / 10, marks=pytest.mark.slow) for moment in range(4, 30, 3))])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_signal_amid_an_import_is_heeded(project: Project, count: int, moment: float) -> None:
+    process = project.start(f"parallel.processes={count}", SLOW="0.5")
+    time.sleep(moment)
     process.terminate()
     printed, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 128 + signal.SIGTERM and "error: " not in printed, printed
+    assert process.returncode in (3, -signal.SIGTERM) and "Traceback" not in printed, printed
+    assert process.returncode == 3 or not printed  # the command had not begun
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

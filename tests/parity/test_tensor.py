@@ -205,7 +205,10 @@ def test_heads_that_cannot_be_shared_are_named(capsys):
     said = r"4 devices cannot share the layers of LlamaForCausalLM equally: layers\.0\.self_attn\.k_proj has 2 heads"
     with pytest.raises(ConfigError, match=said) as caught:
         refuse_layers(policy_of(build("llama"), kernels=False).anatomy, 4)
-    assert caught.value.hint == "take one of 1, 2"
+    assert caught.value.hint == "take 2"
+    with pytest.raises(ConfigError, match=said) as caught:
+        refuse_layers(policy_of(build("llama"), kernels=False).anatomy, 4, processes=3)
+    assert caught.value.hint == "take 2, and a number of processes that it divides"
 
 
 def refused(model, match):

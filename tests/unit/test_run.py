@@ -262,7 +262,7 @@ class TestFinished:
         code, said = train("data.train=[rows.jsonl, new.jsonl]")
         where = Path.cwd()
         assert code == 2
-        assert f"other settings: data.train.1.path was '{where}/others.jsonl', now '{where}/new.jsonl'\n" in said
+        assert f'other settings: data.train.1.path was "{where}/others.jsonl", now "{where}/new.jsonl"\n' in said
 
     def test_held_out_rows_that_change_are_other_rows(self, train: Train) -> None:
         train("data.eval=0.2")

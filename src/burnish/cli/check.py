@@ -167,7 +167,11 @@ def _recovery(recovery: Recovery) -> str:
 
 def _parallel(parallel: Parallel) -> str:
     processes = "one for each accelerator" if parallel.processes == "auto" else f"processes: {parallel.processes}"
-    return f"{parallel.strategy}, {processes}, {_count(parallel.restarts, 'restart')}, patience {written_seconds(parallel.timeout)}"
+    default = Parallel()
+    keys = ("shards", "context", "tensor", "reshard", "offload")
+    given = [f"{key}: {str(value).lower()}" for key in keys if (value := getattr(parallel, key)) != getattr(default, key)]
+    rest = f"{_count(parallel.restarts, 'restart')}, patience {written_seconds(parallel.timeout)}"
+    return ", ".join([parallel.strategy, processes, *given, rest])
 
 
 def _count(number: float, noun: str) -> str:

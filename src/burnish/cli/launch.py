@@ -61,7 +61,12 @@ def main(
     if not _NAME.fullmatch(gpu):
         raise BurnishError(f"--gpu: expected a name like H100 or A100-80GB, found '{gpu}'")
     config = load_run(file, overrides).config
-    processes = gpus or (1 if config.parallel.processes == "auto" else config.parallel.processes)
+    asked = config.parallel.processes
+    processes = gpus or (1 if asked == "auto" else asked)
+    if nodes * processes > 1:  # what has to go with so many processes is looked at, too
+        load_run(file, [*overrides, f"parallel.processes={nodes * processes}"])
+    if gpus and asked not in ("auto", gpus):
+        warn(f"parallel.processes: {asked} is not followed: there are {gpus} on each machine, one for each GPU")
     name = "".join(letter if letter.isalnum() else "-" for letter in Path(config.output).name).strip("-") or "run"
     extras = tuple(part.extra for part in needed_by(config))
     job = Job(file, overrides, nodes, gpus, gpu, time, name, processes, config.parallel.restarts, config.output, extras)
@@ -145,7 +150,9 @@ def sky(job: Job) -> str:
     """
     here = Path.cwd().resolve()
     if not job.file.resolve().is_relative_to(here):
-        raise BurnishError(f"{job.file} is not below {here}, which is what SkyPilot copies to the machines", hint="start from its folder")
+        raise BurnishError(
+            f"{job.file} is not below {here}, which is what SkyPilot copies to the machines", hint="change to a folder above it"
+        )
     command = shlex.join(["train", str(job.file.resolve().relative_to(here)), *job.overrides])
     resources = f"accelerators: {{{job.gpu}: {job.gpus}}}" if job.gpus else "cpus: 8+"
     package = f"'burnish[{','.join(job.extras)}]'" if job.extras else "burnish"

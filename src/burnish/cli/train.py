@@ -12,6 +12,7 @@ from burnish.core.garbage import paused
 from burnish.core.log import console, counted, info
 from burnish.core.signals import Interruptible
 from burnish.engine import launcher
+from burnish.engine.lock import RunLock
 
 
 def main(file: Path, overrides: Sequence[str]) -> None:
@@ -22,10 +23,12 @@ def main(file: Path, overrides: Sequence[str]) -> None:
         loaded = load_run(file, overrides)
         config = loaded.config
         launcher.tell_ignored(config.parallel)
-        count = 1 if launcher.is_launched() else launcher.processes(config.parallel)
-        if count == 1:
-            _train(config, file.resolve().parent)
-            return
+        with loaded.located():
+            RunLock(Path(config.output), active=not launcher.is_launched()).look()
+            count = 1 if launcher.is_launched() else launcher.processes(config.parallel)
+            if count == 1:
+                _train(config, file.resolve().parent)
+                return
     # Whoever looks after several processes has signals of its own.
     sys.exit(launcher.launch(["train", str(file), *overrides], count, folder=Path(config.output), restarts=config.parallel.restarts))
 

@@ -57,8 +57,9 @@ def groups_divide_processes(run: RunConfig) -> str | None:
     parallel, processes = run.parallel, run.parallel.processes
     for key, size in (("context", parallel.context), ("tensor", parallel.tensor)):
         if processes != "auto" and processes % size:
-            known = [str(number) for number in range(1, processes + 1) if processes % number == 0]
-            return f"parallel.{key}: {size} does not divide parallel.processes: {processes}; take one of {', '.join(known)}"
+            known = [str(number) for number in range(2, processes + 1) if processes % number == 0]
+            hint = f"take one of {', '.join(known)}" if known else f"take a multiple of {size} for parallel.processes"
+            return f"parallel.{key}: {size} does not divide parallel.processes: {processes}; {hint}"
     return None
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,6 +46,17 @@ class LoadedRun:
     def where(self, key: str) -> Where:
         """The place of a key's value, or of the closest section around it."""
         return _nearest_place(key, self.places) or Where(str(self.path) if self.path else None)
+
+    @contextmanager
+    def located(self) -> Generator[None]:
+        """Inside, an error about a key says where that was written."""
+        try:
+            yield
+        except ConfigError as error:
+            key = error.where.field if error.where is not None else None
+            if key is not None and error.where == Where(field=key):  # and nothing else is known
+                error.where = replace(self.where(key), field=key)
+            raise
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:

@@ -1,26 +1,35 @@
 """Signals before and after the training loop: while data and models are read, and while results are written.
 
 Inside the loop a signal waits for the end of the step (`engine.events.Requests`). Outside there is nothing to save, so it ends the command
-at once, with the same exit code: whoever starts the command again on that code goes on.
+at once, with the same exit code: whoever starts the command again on that code goes on. An import is waited for: a module that is left
+half-way breaks what comes next, or the exception ends up in an `except` of its own.
 """
 
 from __future__ import annotations
 
+import _thread
+import inspect
+import os
 import signal
 import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 from burnish.core.errors import Interrupted
+from burnish.core.log import console, print_error
 
-__all__ = ["POLITE", "Interruptible", "Repeats", "Stopped"]
+__all__ = ["POLITE", "Interruptible", "Repeats", "Stopped", "waiting"]
 
 POLITE = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """What asks a process to end: Ctrl-C, whoever manages processes, and batch systems before the time is up."""
 
 
 _ONE = 1.0  # second
+_SOON = 0.005  # seconds
+_PATIENCE = 20.0  # seconds
 
 
 class Repeats:
@@ -39,6 +48,19 @@ class Repeats:
         return before is not None and number == before[0] != signal.SIGINT and time.monotonic() - before[1] < _ONE
 
 
+@contextmanager
+def waiting() -> Generator[None]:
+    """Polite signals wait meanwhile; in a process that is started inside, until it is Interruptible.
+
+    Python's own start would answer them with a traceback, or the process with its death.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, POLITE)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Stopped(BaseException):
     """A polite signal on its way out.
 
@@ -48,35 +70,82 @@ class Stopped(BaseException):
 
 
 class Interruptible:
-    """A context that ends with Interrupted on the first polite signal, wherever the program is; a second one ends the process."""
+    """A context that ends with Interrupted on the first polite signal, wherever the program is; a second one ends the process.
+
+    For a process of our own: where the program does not let go, because it is in a library's code that waits, the process is ended.
+    """
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
         self._repeats = Repeats()
-        self._came = False
+        self._came = ""  # what came, in a sentence
+        self._raised = False
+        self._reminding = False
+        self._outside: FrameType | None = None  # whose `with` it is, once that has begun
 
     def __enter__(self) -> Interruptible:
         if threading.current_thread() is threading.main_thread():  # Python allows no handlers elsewhere
             for number in POLITE:
                 self._before[number] = signal.signal(number, self._handle)
+            if hasattr(signal, "pthread_sigmask"):
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, POLITE)  # those that have waited come now
+        here = inspect.currentframe()
+        self._outside = here.f_back if here else None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        twice = not self._before
         self._restore()
-        if isinstance(error, Stopped):
-            raise Interrupted(str(error), hint="run the same command again to go on") from None
+        self._outside = None
+        if self._came and not twice and not isinstance(error, SystemExit):  # whatever became of the exception
+            raise self._interrupted from None
+
+    @property
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(self._came, hint="run the same command again to go on")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._repeats.is_one(number):
+        reminded, self._reminding = self._reminding, False
+        if not reminded:
+            if self._repeats.is_one(number):
+                return
+            if self._came:
+                self._restore()
+                signal.raise_signal(number)
+                return
+            self._came = f"stopped by {signal.Signals(number).name} outside of training"
+            threading.Thread(target=self._see_to_it, args=(signal.Signals(number),), daemon=True).start()
+        if self._outside is None or _imports(frame, self._outside):
             return
-        if self._came:
-            self._restore()
-            signal.raise_signal(number)
-            return
-        self._came = True
-        raise Stopped(f"stopped by {signal.Signals(number).name} outside of training")
+        self._raised = True
+        raise Stopped(self._came)
+
+    def _see_to_it(self, number: signal.Signals) -> None:
+        """Beside the main thread: raises when an import is done; ends the process where that leads nowhere."""
+        deadline = time.monotonic() + _PATIENCE
+        while self._before:
+            if signal.getsignal(number) != self._handle:  # the training has begun
+                _thread.interrupt_main(number)
+                return
+            if not self._raised:
+                self._reminding = True
+                _thread.interrupt_main(number)
+            if time.monotonic() > deadline:
+                console.show_cursor(True)
+                print_error(self._interrupted)
+                os._exit(Interrupted.exit_code)
+            time.sleep(_SOON)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def _imports(frame: FrameType | None, outside: FrameType) -> bool:
+    """Whether something that `outside` has called, down to `frame`, is importing a module."""
+    while frame is not None and frame is not outside:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

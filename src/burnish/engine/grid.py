@@ -43,11 +43,12 @@ class Grid:
     def __post_init__(self) -> None:
         if self.world_size % self.model_ranks:
             key = "parallel.context" if self.context > 1 else "parallel.tensor"
-            known = [size for size in range(1, self.world_size + 1) if self.world_size % size == 0]
+            known = [str(size) for size in range(2, self.world_size + 1) if self.world_size % size == 0]
+            choice = f"one of {', '.join(known)}, or " if known else ""
             raise ConfigError(
                 f"{_count(self.world_size)} cannot be cut into groups of {self.model_ranks} that share micro-batches",
                 where=Where(field=key),
-                hint=f"take one of {', '.join(map(str, known))}, or another number of processes",
+                hint=f"take {choice}a multiple of {self.model_ranks} for the number of processes",
             )
 
     @property

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -157,7 +157,7 @@ def difference(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Differenc
     if not changed:
         return None
     marks = {key: f"{what} have changed, or its configuration ({key})" for key, what in _WEIGHTS.items()}
-    shares = f"{_HELD_OUT} was {then.get(_HELD_OUT)!r}, now {now.get(_HELD_OUT)!r}"
+    shares = f"{_HELD_OUT} was {_written(then.get(_HELD_OUT))}, now {_written(now.get(_HELD_OUT))}"
     marks[_HELD_OUT] = f"{shares}: it decides how many rows are trained on, or which of them are held out ({ROWS})"
     marks[ROWS] = f"the rows have changed, or how they are turned into tokens, or which of them are held out ({ROWS})"
     lines = _listed([key for key in changed if key not in marks], then, now) + [marks[key] for key in changed if key in marks]
@@ -251,8 +251,15 @@ def _listed(changed: list[str], before: Mapping[str, Any], after: Mapping[str, A
         old, new = (_spread({place: _section(side, place) or side.get(place)}) for side in (before, after))
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
-                lines[f"{name} was {old.get(name)!r}, now {new.get(name)!r}"] = None
+                lines[f"{name} was {_written(old.get(name))}, now {_written(new.get(name))}"] = None
     return list(lines)
+
+
+def _written(value: Any) -> str:
+    """A value as a run file has it, on one line."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_written(one)}' for key, one in cast(dict[str, Any], value).items())}}}"
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _section(side: Mapping[str, Any], key: str) -> dict[str, Any]:

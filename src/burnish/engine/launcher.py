@@ -30,6 +30,7 @@ from typing import IO, Any
 from burnish.config.sections import Parallel
 from burnish.core.errors import BurnishError, ConfigError, TrainingError, Where
 from burnish.core.log import LAUNCHER, info, notice, print_error, warn
+from burnish.core.signals import waiting
 from burnish.engine.rendezvous import Board, serve, verdict
 
 __all__ = ["MEMORY_NOTE", "adopt_slurm", "cause_first", "follow_launcher", "is_launched", "launch", "processes", "tell_ignored"]
@@ -87,8 +88,7 @@ def launch(arguments: Sequence[str], count: int, *, folder: Path, restarts: int 
         restarts: How often they are started again when one has died. To go on in smaller micro-batches is none of these.
 
     Returns:
-        The exit code: 0, 2 or 3 where the ranks say so, 1 where one has died, 128 + the signal where they were stopped before there was
-        anything to save.
+        The exit code: 0, 2 or 3 where the ranks say so, 1 where one has died, 128 + the signal where a second one came.
     """
     info(f"starting {count} processes on this machine")
     attempt, smaller = 0, 0
@@ -229,17 +229,18 @@ class _Group:
 
     def _start(self, number: int, port: int, line: int) -> _Rank:
         loud = number == 0
-        process = subprocess.Popen(
-            [*_interpreter(), "-m", "burnish", *self._arguments],
-            env=_environment(number, self._count, port, self._attempt, line),
-            pass_fds=(line,),
-            stdin=subprocess.DEVNULL,
-            stdout=None if loud else subprocess.PIPE,
-            stderr=None if loud else subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            process_group=0,  # so that the terminal's Ctrl-C comes through us, and once
-        )
+        with waiting():  # until the rank can heed them
+            process = subprocess.Popen(
+                [*_interpreter(), "-m", "burnish", *self._arguments],
+                env=_environment(number, self._count, port, self._attempt, line),
+                pass_fds=(line,),
+                stdin=subprocess.DEVNULL,
+                stdout=None if loud else subprocess.PIPE,
+                stderr=None if loud else subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                process_group=0,  # so that the terminal's Ctrl-C comes through us, and once
+            )
         rank = _Rank(number, process, self._folder / "logs" / f"rank-{number}.log")
         threading.Thread(target=rank.wait, args=(self._ended,), daemon=True).start()
         if self.signalled is not None:  # it came while they were being started

@@ -340,7 +340,8 @@ class _Run:
     def answer(self) -> None:
         """Does what the outside asks for, of any rank: saves, or saves and raises Interrupted."""
         self._tell_written()
-        asked = self.job.backend.union(self.requests.seen())
+        here = self.requests.seen()
+        asked = self.job.backend.union(here)
         if not asked or self.state.finished:  # after the last step there is nothing to stop, and it is saved anyway
             return
         self.save()
@@ -349,6 +350,8 @@ class _Run:
         if asked & Requests.SAVE and saved:
             self.progress.say(f"step {self.state.step}  saved, as {self.job.folder / 'SAVE'} asked")
         if asked & Requests.STOP:
+            if not here & Requests.STOP:
+                self.progress.say("another rank got the signal to stop")
             self._stop()
 
     def _stop(self) -> None:

@@ -146,7 +146,10 @@ def refuse_other_parameters(root: Path, policy: Any) -> None:
 def _same_names(stored: Set[str], trained: Set[str], folder: Path) -> None:
     if different := sorted(stored ^ trained):
         where = "in the checkpoint only" if different[0] in stored else "in this run only"
-        raise CheckpointError(f"{folder} was made with other trained parameters: {different[0]} is {where}")
+        raise CheckpointError(
+            f"{folder} was made with other trained parameters: {different[0]} is {where}",
+            hint="train the same ones, or choose another output folder",
+        )
 
 
 _SETTINGS = ("peak_lr", "weight_decay", "betas", "eps", "momentum")

@@ -351,7 +351,8 @@ class _Sums:
         self._push("loss", loss.sum, batch.weight)
         for key, (amount, count) in loss.metrics.items():
             self._push(f"metric.{key}", amount, count)
-        for key, count in (("tokens", len(batch.input_ids)), ("trained_tokens", len(batch.targets)), ("examples", batch.examples)):
+        tokens = len(batch.input_ids) if batch.examples else 0  # a placeholder's is nobody's
+        for key, count in (("tokens", tokens), ("trained_tokens", len(batch.targets)), ("examples", batch.examples)):
             self._host[key] = (self._host.get(key, (0.0, 0.0))[0] + count, 1.0)
 
     def collect(self, norm: torch.Tensor, backend: Backend) -> tuple[float, dict[str, tuple[float, float]]]:

@@ -29,7 +29,7 @@ from burnish.data.types import Batch
 from burnish.kernels.attention import Forest, as_autocast
 from burnish.kernels.linear_ce import TokenStats
 
-__all__ = ["Context", "Group", "Reach", "Share", "refuse_heads"]
+__all__ = ["Context", "Group", "Reach", "Share", "refuse_heads", "sizes_that_do"]
 
 
 class Group(Protocol):
@@ -183,16 +183,33 @@ def _by_rank(x: torch.Tensor, size: int) -> torch.Tensor:
     return x.reshape(size, heads // size, tokens, width).transpose(1, 2).reshape(size, tokens, -1)
 
 
-def refuse_heads(heads: Any, size: int) -> None:
+def refuse_heads(heads: Any, size: int, processes: int = 0) -> None:
     """Raises where query heads cannot be cut into so many parts.
+
+    Args:
+        heads: Of a layer.
+        size: Devices that are to share them.
+        processes: Of the run, for the hint; 0: any number.
 
     Raises:
         ConfigError: `heads` is not a multiple of `size`.
     """
     if heads % size:
-        known = [str(number) for number in range(1, heads + 1) if heads % number == 0]
         raise ConfigError(
             f"the model has {heads} attention heads, which {size} devices cannot share equally",
             where=Where(field="parallel.context"),
-            hint=f"take one of {', '.join(known)}",
+            hint=sizes_that_do(heads, processes),
         )
+
+
+def sizes_that_do(units: int, processes: int) -> str:
+    """A hint: how many devices can share so many `units`, in a run of so many processes (0: any number)."""
+    known = [number for number in range(2, units + 1) if units % number == 0]
+    fitting = [number for number in known if processes % number == 0]
+    if not known:
+        return "leave it out"
+    return f"take {_or(fitting)}" if fitting else f"take {_or(known)}, and a number of processes that it divides"
+
+
+def _or(numbers: list[int]) -> str:
+    return f"{'one of ' if numbers[1:] else ''}{', '.join(map(str, numbers))}"

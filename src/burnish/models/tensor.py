@@ -34,6 +34,7 @@ from torch import nn
 from burnish.core.errors import ConfigError, Where
 from burnish.models.adapters import projection
 from burnish.models.anatomy import Anatomy
+from burnish.models.context import sizes_that_do
 
 __all__ = ["Cuts", "Group", "cut", "refuse_layers"]
 
@@ -68,19 +69,19 @@ class Cuts:
     """Which are whole on every rank, where each has a part of their gradient."""
 
 
-def refuse_layers(anatomy: Anatomy, size: int) -> None:
-    """Looks whether `size` ranks can share the layers of a model, before its weights are there.
+def refuse_layers(anatomy: Anatomy, size: int, processes: int = 0) -> None:
+    """Looks whether `size` ranks, of a run of so many `processes`, can share the layers of a model, before its weights are there.
 
     Raises:
         ConfigError: its family has no plan that is known here, or its heads or features cannot be cut into so many equal parts.
     """
     units = {path: (count, kind) for block in _blocks(anatomy) for path, count, kind in block.units()}
     if odd := next((path for path, (count, _) in units.items() if count % size), None):
-        most, (count, kind) = gcd(*(count for count, _ in units.values())), units[odd]
+        count, kind = units[odd]
         raise ConfigError(
             f"{size} devices cannot share the layers of {type(anatomy.whole).__name__} equally: {odd} has {count} {kind}",
             where=_WHERE,
-            hint=f"take one of {', '.join(str(number) for number in range(1, most + 1) if most % number == 0)}",
+            hint=sizes_that_do(gcd(*(count for count, _ in units.values())), processes),
         )
 
 
@@ -120,7 +121,8 @@ class _Block:
         """What each layer that is cut by outputs has of what stays together: heads, or single features."""
         width = getattr(self.module, "head_dim", None)
         for path, layer in self.outputs.items():
-            yield path, _base(layer).out_features // (width or 1), "heads" if width else "features"
+            count = _base(layer).out_features // (width or 1)
+            yield path, count, f"{'head' if width else 'feature'}{'s' if count > 1 else ''}"
 
 
 _WHERE = Where(field="parallel.tensor")

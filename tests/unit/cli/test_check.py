@@ -223,7 +223,7 @@ def test_what_happens_when_something_goes_wrong_is_shown(run: Run) -> None:
     found = {line[2:13].strip(): line[13:] for line in said.splitlines() if line.startswith("  ")}
     assert found["saves"] == "every 10st; the newest 2 stay"
     assert found["recovery"] == "not finite: skip; spikes beyond 6 sigma: rollback; out of memory: halve"
-    assert found["parallel"].startswith("hsdp, processes: 4, 0 restarts") and found["output"].endswith("resume: force")
+    assert found["parallel"].startswith("hsdp, processes: 4, shards: 2, 0 restarts") and found["output"].endswith("resume: force")
 
 
 def test_the_version(run: Run) -> None:

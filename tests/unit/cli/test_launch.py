@@ -196,6 +196,20 @@ def test_sky_installs_what_the_run_needs_and_says_what_must_be_shared() -> None:
     assert YAML(typ="safe").load(text("sky"))["setup"] == "pip install burnish"
 
 
+@pytest.mark.parametrize("group", ["parallel.tensor=3", "parallel.context=3", "parallel={strategy: hsdp, shards: 3}"])
+def test_groups_must_divide_the_processes_of_the_job(group: str) -> None:
+    assert text("slurm", group, gpus=6)
+    with pytest.raises(ConfigError, match=r"parallel\.processes: 8"):
+        text("slurm", group)
+
+
+def test_a_number_of_processes_that_a_job_does_not_follow_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "ntasks-per-node=4" in text("slurm", "parallel.processes=2")
+    assert "parallel.processes: 2 is not followed: there are 4 on each machine" in " ".join(capsys.readouterr().err.split())
+    text("slurm", "parallel.processes=4")
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_slurm_says_that_it_does_not_count_restarts() -> None:
     assert "parallel.restarts is not followed here" in text("slurm", "parallel.restarts=3")
     assert "parallel.restarts" not in text("slurm")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from burnish.config.load import LoadedRun, examine, parse_run
-from burnish.core.errors import ConfigError
+from burnish.config.load import LoadedRun, examine, load_run, parse_run
+from burnish.core.errors import ConfigError, Where
 
 Message = Callable[..., str]
 
@@ -153,3 +153,17 @@ def test_a_good_file_has_its_values(load: Callable[..., LoadedRun]) -> None:
     config = load("train: {learning_rate: 2e-4, tokens: 1.5B}\nobjective: {kind: sft, z_loss: 1e-4}").config
     assert (config.train.learning_rate, config.train.tokens) == (2e-4, 1_500_000_000)
     assert config.objective.model_dump()["z_loss"] == 1e-4
+
+
+def test_what_is_found_out_later_has_its_line_too(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    file = tmp_path / "run.yaml"
+    file.write_text("model: a/b\ndata:\n  train: rows.jsonl\nparallel:\n  tensor: 3\n")
+    loaded = load_run(file)
+    with pytest.raises(ConfigError, match=r"run\.yaml:5, field 'parallel\.tensor': too many") as caught, loaded.located():
+        raise ConfigError("too many", where=Where(field="parallel.tensor"))
+    assert caught.value.where is not None and caught.value.where.line == 5
+    with pytest.raises(ConfigError, match=r"^nowhere$"), loaded.located():
+        raise ConfigError("nowhere")
+    with pytest.raises(ConfigError, match=r"^row 7, field 'text'"), load_run(file).located():
+        raise ConfigError("of a row", where=Where(row=7, field="text"))

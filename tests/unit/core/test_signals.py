@@ -3,6 +3,8 @@
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +53,73 @@ def test_code_that_catches_all_that_may_go_wrong_does_not_catch_a_signal(number:
             pass
         raise AssertionError("the signal was swallowed")
     assert caught.value.exit_code == 3
+
+
+def test_whoever_swallows_even_that_swallows_no_signal() -> None:
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"), Interruptible():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            pass
+
+
+def test_an_import_is_finished_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_slowly.py").write_text(
+        "import signal, time\n"
+        "try:\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "    time.sleep(0.3)\n"
+        "    whole = True\n"
+        "except BaseException:\n"
+        "    whole = False\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"), Interruptible():
+        import imported_slowly  # pyright: ignore[reportMissingImports] # noqa: F401
+
+        for _ in range(300):
+            time.sleep(0.1)
+        sys.exit("the signal was forgotten")
+    assert sys.modules["imported_slowly"].whole
+
+
+STUCK = """
+import sys, time, signal
+from burnish.core import signals
+
+signals._PATIENCE = 0.5
+with signals.Interruptible():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except BaseException:
+        pass
+    time.sleep(60)
+"""
+
+
+def test_a_process_that_does_not_let_go_is_ended() -> None:
+    ended = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=50, check=False)
+    assert ended.returncode == 3 and "stopped by SIGTERM outside of training" in ended.stderr, ended.stderr
+
+
+TAKEN_OVER = """
+import signal, sys, time
+from pathlib import Path
+from burnish.core import signals
+from burnish.engine.events import Requests
+
+signals._PATIENCE = 0.5
+with signals.Interruptible():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        pass
+    with Requests(Path(".")) as requests:
+        time.sleep(1.5)  # a step
+        sys.exit(7 if requests.received == signal.SIGINT else 1)
+"""
+
+
+def test_a_training_that_begins_nevertheless_is_told(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", TAKEN_OVER], capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path)
+    assert ended.returncode == 7, ended.stderr

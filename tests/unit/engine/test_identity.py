@@ -71,8 +71,8 @@ def test_a_section_that_is_new_or_gone_is_one_line():
     added, removed = difference(recorded(without), with_it), difference(recorded(with_it), without)
     assert added is not None and removed is not None
     assert len(added.lines) == len(removed.lines) == 1
-    assert added.lines[0].startswith("adapter was None, now {") and "'rank': 8" in added.lines[0]
-    assert removed.lines[0].startswith("adapter was {") and removed.lines[0].endswith(", now None")
+    assert added.lines[0].startswith("adapter was null, now {") and "rank: 8" in added.lines[0]
+    assert removed.lines[0].startswith("adapter was {") and removed.lines[0].endswith(", now null")
 
 
 def test_rows_are_compared_once_they_are_known():

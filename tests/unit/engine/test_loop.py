@@ -319,7 +319,7 @@ def test_a_setting_that_an_older_burnish_did_not_know_is_no_other_run(make_job: 
         train(make_job(identity={"train.seed": 1}))
     train(make_job(identity={"train.seed": 1, "train.new": True}))
     train(make_job("other", identity={"train.seed": 1}))
-    with pytest.raises(CheckpointError, match=r"train\.new was None, now True"):
+    with pytest.raises(CheckpointError, match=r"train\.new was null, now true"):
         train(make_job("other", identity={"train.seed": 1, "train.new": True}))
 
 

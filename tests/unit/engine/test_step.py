@@ -244,7 +244,9 @@ def test_a_placeholder_adds_nothing():
     empty = collate([], step_weight=batch.step_weight)
     steps.accumulate(Loss(torch.tensor(0.0)), empty)
     steps.accumulate(TinyObjective()(policy, batch), batch)
-    assert steps.update().loss == pytest.approx(gradients_of([8])[1])
+    result = steps.update()
+    assert result.loss == pytest.approx(gradients_of([8])[1])
+    assert result.tokens == len(batch.input_ids) and result.examples == batch.examples
 
 
 def test_state_goes_in_and_out():
