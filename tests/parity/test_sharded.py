@@ -400,7 +400,7 @@ def test_what_is_sent_is_what_arithmetic_says(processes: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, LORA])
 def test_any_strategy_goes_on_from_any_other(place: Path, untied: Path, launch: Launch, adapter: Settings | None) -> None:
-    name = "hop-lora" if adapter else "hop"
+    name = "hopping-lora" if adapter else "hopping"
     whole = run_of(place, untied, f"{name}-whole", adapter=adapter)
     ranks.train({"settings": whole})
     hopping = whole | {"output": str(place / name), "save": {"every": "1st", "best": False}}
