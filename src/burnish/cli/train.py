@@ -29,8 +29,7 @@ def main(file: Path, overrides: Sequence[str]) -> None:
             if count == 1:
                 _train(config, file.resolve().parent)
                 return
-    # Whoever looks after several processes has signals of its own.
-    sys.exit(launcher.launch(["train", str(file), *overrides], count, folder=Path(config.output), restarts=config.parallel.restarts))
+        sys.exit(launcher.launch(["train", str(file), *overrides], count, folder=Path(config.output), restarts=config.parallel.restarts))
 
 
 def _train(config: RunConfig, base: Path) -> None:

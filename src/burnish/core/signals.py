@@ -27,6 +27,7 @@ POLITE = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1"
 """What asks a process to end: Ctrl-C, whoever manages processes, and batch systems before the time is up."""
 
 
+_REMINDER = signal.Signals["SIGURG" if hasattr(signal, "SIGURG") else "SIGBREAK"]  # which nobody sends
 _ONE = 1.0  # second
 _SOON = 0.005  # seconds
 _PATIENCE = 20.0  # seconds
@@ -80,13 +81,13 @@ class Interruptible:
         self._repeats = Repeats()
         self._came = ""  # what came, in a sentence
         self._raised = False
-        self._reminding = False
         self._outside: FrameType | None = None  # whose `with` it is, once that has begun
 
     def __enter__(self) -> Interruptible:
         if threading.current_thread() is threading.main_thread():  # Python allows no handlers elsewhere
             for number in POLITE:
                 self._before[number] = signal.signal(number, self._handle)
+            self._before[_REMINDER] = signal.signal(_REMINDER, self._leave)
             if hasattr(signal, "pthread_sigmask"):
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, POLITE)  # those that have waited come now
         here = inspect.currentframe()
@@ -105,20 +106,20 @@ class Interruptible:
         return Interrupted(self._came, hint="run the same command again to go on")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        reminded, self._reminding = self._reminding, False
-        if not reminded:
-            if self._repeats.is_one(number):
-                return
-            if self._came:
-                self._restore()
-                signal.raise_signal(number)
-                return
-            self._came = f"stopped by {signal.Signals(number).name} outside of training"
-            threading.Thread(target=self._see_to_it, args=(signal.Signals(number),), daemon=True).start()
-        if self._outside is None or _imports(frame, self._outside):
+        if self._repeats.is_one(number):
             return
-        self._raised = True
-        raise Stopped(self._came)
+        if self._came:
+            self._restore()
+            signal.raise_signal(number)
+            return
+        self._came = f"stopped by {signal.Signals(number).name} outside of training"
+        threading.Thread(target=self._see_to_it, args=(signal.Signals(number),), daemon=True).start()
+        self._leave(number, frame)
+
+    def _leave(self, _number: int, frame: FrameType | None) -> None:
+        if self._came and not self._raised and self._outside is not None and not _imports(frame, self._outside):
+            self._raised = True
+            raise Stopped(self._came)
 
     def _see_to_it(self, number: signal.Signals) -> None:
         """Beside the main thread: raises when an import is done; ends the process where that leads nowhere."""
@@ -128,8 +129,7 @@ class Interruptible:
                 _thread.interrupt_main(number)
                 return
             if not self._raised:
-                self._reminding = True
-                _thread.interrupt_main(number)
+                _thread.interrupt_main(_REMINDER)
             if time.monotonic() > deadline:
                 console.show_cursor(True)
                 print_error(self._interrupted)
