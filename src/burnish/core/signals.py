@@ -125,8 +125,9 @@ class Interruptible:
         """Beside the main thread: raises when an import is done; ends the process where that leads nowhere."""
         deadline = time.monotonic() + _PATIENCE
         while self._before:
-            if signal.getsignal(number) != self._handle:  # the training has begun
-                _thread.interrupt_main(number)
+            if signal.getsignal(number) != self._handle:
+                if self._before:  # the training has begun
+                    _thread.interrupt_main(number)
                 return
             if not self._raised:
                 _thread.interrupt_main(_REMINDER)
@@ -137,9 +138,9 @@ class Interruptible:
             time.sleep(_SOON)
 
     def _restore(self) -> None:
-        for number, handler in self._before.items():
+        before, self._before = self._before, {}  # first, so that `_see_to_it` takes no handler of before for the training's
+        for number, handler in before.items():
             signal.signal(number, handler)
-        self._before = {}
 
 
 def _imports(frame: FrameType | None, outside: FrameType) -> bool:

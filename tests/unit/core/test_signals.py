@@ -26,6 +26,11 @@ with Interruptible():
 """
 
 
+def ended(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "pause", "code"),
     [
@@ -38,10 +43,8 @@ with Interruptible():
 def test_the_second_signal_ends_the_process_unless_it_is_the_first_one_again(
     first: signal.Signals, second: signal.Signals, pause: float, code: int
 ):
-    ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(int(first)), str(int(second)), str(pause)], capture_output=True, timeout=60, check=False
-    )
-    assert ended.returncode == code, ended.stderr
+    done = ended(SCRIPT, int(first), int(second), pause)
+    assert done.returncode == code, done.stderr
 
 
 @pytest.mark.parametrize("number", POLITE)
@@ -98,8 +101,8 @@ with signals.Interruptible():
 
 
 def test_a_process_that_does_not_let_go_is_ended() -> None:
-    ended = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=50, check=False)
-    assert ended.returncode == 3 and "stopped by SIGTERM outside of training" in ended.stderr, ended.stderr
+    done = ended(STUCK)
+    assert done.returncode == 3 and "stopped by SIGTERM outside of training" in done.stderr, done.stderr
 
 
 TAKEN_OVER = """
@@ -114,12 +117,12 @@ with signals.Interruptible():
         signal.raise_signal(signal.SIGINT)
     except BaseException:
         pass
-    with Requests(Path(".")) as requests:
+    with Requests(Path(sys.argv[1])) as requests:
         time.sleep(1.5)  # a step
         sys.exit(7 if requests.received == signal.SIGINT else 1)
 """
 
 
 def test_a_training_that_begins_nevertheless_is_told(tmp_path: Path) -> None:
-    ended = subprocess.run([sys.executable, "-c", TAKEN_OVER], capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path)
-    assert ended.returncode == 7, ended.stderr
+    done = ended(TAKEN_OVER, tmp_path)
+    assert done.returncode == 7, done.stderr
