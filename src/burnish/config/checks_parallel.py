@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from burnish.config.check import changed, check, joined, them
 from burnish.config.run import RunConfig
+from burnish.core.errors import divisors, one_of
 
 
 @check("parallel.shards", "parallel.reshard", "parallel.offload", "parallel.strategy")
@@ -57,9 +58,8 @@ def groups_divide_processes(run: RunConfig) -> str | None:
     parallel, processes = run.parallel, run.parallel.processes
     for key, size in (("context", parallel.context), ("tensor", parallel.tensor)):
         if processes != "auto" and processes % size:
-            known = [str(number) for number in range(2, processes + 1) if processes % number == 0]
-            hint = f"take one of {', '.join(known)}" if known else f"take a multiple of {size} for parallel.processes"
-            return f"parallel.{key}: {size} does not divide parallel.processes: {processes}; {hint}"
+            hint = one_of(divisors(processes)) or f"a multiple of {size} for parallel.processes"
+            return f"parallel.{key}: {size} does not divide parallel.processes: {processes}; take {hint}"
     return None
 
 

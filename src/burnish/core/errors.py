@@ -22,7 +22,7 @@ A message is one sentence that names the place (file, line, row, key), what was 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -161,6 +161,16 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     by_lower = {one.lower(): one for one in known}
     matches = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return by_lower[matches[0]] if matches else None
+
+
+def divisors(number: int) -> list[int]:
+    """The numbers beyond 1 that divide it: sizes that groups can have."""
+    return [size for size in range(2, number + 1) if number % size == 0]
+
+
+def one_of(choices: Sequence[object]) -> str:
+    """A short phrase for a hint: the only choice, else the list of them."""
+    return f"{'one of ' if choices[1:] else ''}{', '.join(map(str, choices))}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from burnish.core.errors import ConfigError, Where
+from burnish.core.errors import ConfigError, Where, divisors, one_of
 
 __all__ = ["Grid"]
 
@@ -43,8 +43,8 @@ class Grid:
     def __post_init__(self) -> None:
         if self.world_size % self.model_ranks:
             key = "parallel.context" if self.context > 1 else "parallel.tensor"
-            known = [str(size) for size in range(2, self.world_size + 1) if self.world_size % size == 0]
-            choice = f"one of {', '.join(known)}, or " if known else ""
+            known = divisors(self.world_size)
+            choice = f"{one_of(known)}, or " if known else ""
             raise ConfigError(
                 f"{_count(self.world_size)} cannot be cut into groups of {self.model_ranks} that share micro-batches",
                 where=Where(field=key),

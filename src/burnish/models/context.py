@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as functional
 from torch import nn
 
-from burnish.core.errors import ConfigError, Where
+from burnish.core.errors import ConfigError, Where, divisors, one_of
 from burnish.data.types import Batch
 from burnish.kernels.attention import Forest, as_autocast
 from burnish.kernels.linear_ce import TokenStats
@@ -204,12 +204,8 @@ def refuse_heads(heads: Any, size: int, processes: int = 0) -> None:
 
 def sizes_that_do(units: int, processes: int) -> str:
     """A hint: how many devices can share so many `units`, in a run of so many processes (0: any number)."""
-    known = [number for number in range(2, units + 1) if units % number == 0]
-    fitting = [number for number in known if processes % number == 0]
+    known = divisors(units)
+    fitting = [size for size in known if processes % size == 0]
     if not known:
         return "leave it out"
-    return f"take {_or(fitting)}" if fitting else f"take {_or(known)}, and a number of processes that it divides"
-
-
-def _or(numbers: list[int]) -> str:
-    return f"{'one of ' if numbers[1:] else ''}{', '.join(map(str, numbers))}"
+    return f"take {one_of(fitting)}" if fitting else f"take {one_of(known)}, and a number of processes that it divides"
